@@ -1,0 +1,147 @@
+"""The four activations a_F = act(pre_F): the part of an SAE that makes its codes sparse.
+
+    relu       a = max(pre, 0)                          sparsity: L1, the norm of a decoder row as the unit of its code
+    topk       the K largest of a token                 sparsity: by construction (Makhzani & Frey 2013; Gao et al. 2024)
+    batchtopk  the K B largest of a batch; one learned  sparsity: by construction (Bussmann et al. 2024)
+               threshold at inference
+    jumprelu   a = pre 1[pre > θ], θ learned            sparsity: L0 by a straight-through estimate
+                                                        (Rajamanoharan et al. 2024)
+
+Shapes: B tokens, D model width, F latents. Codes are non-negative. An activation is a module so that a forward hook
+can read the codes (fipo.importance); none of them changes its own state in `forward`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class Activation(nn.Module):
+    """What every activation offers besides `forward(pre_BF) -> codes_BF`."""
+
+    def sparsity(self, pre_BF: Tensor, codes_BF: Tensor, dec_FD: Tensor) -> Tensor:
+        """L_sparsity of a batch; 0 where the activation itself sets the budget."""
+        return torch.zeros((), device=codes_BF.device)
+
+    def observe(self, codes_BF: Tensor) -> None:
+        """Learn from one training batch's codes what inference needs; called by the training step alone."""
+
+
+class ReLU(Activation):
+    """a = max(pre, 0)."""
+
+    def forward(self, pre_BF: Tensor) -> Tensor:
+        """Codes [B, F]."""
+        return pre_BF.relu()
+
+    def sparsity(self, pre_BF: Tensor, codes_BF: Tensor, dec_FD: Tensor) -> Tensor:
+        """L1 = mean over tokens of Σ_F |a_F| ‖dec_F‖ (Anthropic, April 2024 update): blind to the scale of a row."""
+        mean_F = codes_BF.sum(0, dtype=torch.float32) / codes_BF.shape[0]
+        return mean_F @ dec_FD.norm(dim=1)
+
+
+class TopK(Activation):
+    """The k largest positive pre-activations of each token."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def forward(self, pre_BF: Tensor) -> Tensor:
+        """Codes [B, F]."""
+        values_BK, latents_BK = pre_BF.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre_BF).scatter(-1, latents_BK, values_BK.relu())
+
+
+class BatchTopK(Activation):
+    """The k·B largest positive pre-activations of a batch in training; those above `threshold` in evaluation.
+
+    Ties at the boundary are all kept. `threshold` is the bias-corrected EMA of the smallest code that was kept, moved
+    only by `observe`.
+    """
+
+    threshold: Tensor
+    _weight: Tensor
+
+    def __init__(self, k: int, decay: float = 0.99) -> None:
+        super().__init__()
+        self.k = k
+        self.decay = decay
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("_weight", torch.zeros(()))
+
+    def forward(self, pre_BF: Tensor) -> Tensor:
+        """Codes [B, F]."""
+        if self.training:
+            return pre_BF.relu() * (pre_BF >= self._boundary(pre_BF.detach()))
+        return pre_BF.relu() * (pre_BF > self.threshold)
+
+    def _boundary(self, pre_BF: Tensor) -> Tensor:
+        """The (k B)-th largest value. Values far below the running threshold cannot matter, so they are sorted out
+        first; when too few remain the whole batch is searched: the answer is the same, only the time differs."""
+        count = min(self.k * pre_BF.shape[0], pre_BF.numel())
+        candidates = pre_BF[pre_BF > 0.7 * self.threshold.to(pre_BF.dtype)]
+        if candidates.numel() < count:
+            candidates = pre_BF.flatten()
+        return candidates.topk(count, sorted=False).values.min()
+
+    def observe(self, codes_BF: Tensor) -> None:
+        """Let the inference threshold learn from one training batch's codes."""
+        codes_BF = codes_BF.detach()
+        smallest = torch.where(codes_BF > 0, codes_BF, torch.inf).min().float()
+        smallest = torch.where(smallest.isfinite(), smallest, 0.0)
+        mean = self.threshold * self._weight
+        self._weight.copy_(self.decay * self._weight + (1 - self.decay))
+        self.threshold.copy_((self.decay * mean + (1 - self.decay) * smallest) / self._weight)
+
+
+class _Step(torch.autograd.Function):
+    """1[pre > θ] with the derivative of a rectangle of width ε around θ: d/dθ = -1/ε inside it, 0 outside."""
+
+    @staticmethod
+    def forward(ctx, pre_BF: Tensor, theta_F: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre_BF, theta_F)
+        ctx.bandwidth = bandwidth
+        return (pre_BF > theta_F).to(pre_BF.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_BF: Tensor) -> tuple[None, Tensor, None]:
+        pre_BF, theta_F = ctx.saved_tensors
+        inside_BF = (pre_BF - theta_F).abs() < ctx.bandwidth / 2
+        return None, -(grad_BF * inside_BF).sum(0, dtype=theta_F.dtype) / ctx.bandwidth, None
+
+
+class JumpReLU(Activation):
+    """a = pre 1[pre > θ]; θ = exp(log_threshold) > 0 a latent, trained through `_Step`."""
+
+    def __init__(self, latents: int, threshold: float = 0.5, bandwidth: float = 0.5) -> None:
+        super().__init__()
+        self.bandwidth = bandwidth
+        self.log_threshold_F = nn.Parameter(torch.full((latents,), threshold).log())
+
+    @property
+    def threshold_F(self) -> Tensor:
+        """θ, shape [F], in units of the codes."""
+        return self.log_threshold_F.exp()
+
+    def forward(self, pre_BF: Tensor) -> Tensor:
+        """Codes [B, F]; the gradient to θ is that of the step, times pre."""
+        return pre_BF * _Step.apply(pre_BF, self.threshold_F, self.bandwidth)
+
+    def sparsity(self, pre_BF: Tensor, codes_BF: Tensor, dec_FD: Tensor) -> Tensor:
+        """L0 = mean over tokens of Σ_F 1[pre_F > θ_F]."""
+        step_BF = _Step.apply(pre_BF, self.threshold_F, self.bandwidth)
+        return step_BF.sum(dtype=torch.float32) / pre_BF.shape[0]
+
+
+def build_activation(architecture: str, latents: int, k: int) -> Activation:
+    """The activation of an architecture's name (`RunConfig.architecture`)."""
+    match architecture:
+        case "relu":
+            return ReLU()
+        case "topk":
+            return TopK(k)
+        case "batchtopk":
+            return BatchTopK(k)
+        case "jumprelu":
+            return JumpReLU(latents)
+    raise AssertionError(architecture)

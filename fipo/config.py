@@ -1,0 +1,372 @@
+"""What a run is: frozen, validated records, and nothing that a run depends on outside them.
+
+A `RunConfig` is a workload (which model, layers, text and sizes) and a method (which parts of FIPO are on). A part of
+the method that is `None` is off. `from_dict` is strict: an unknown key, a wrong type or an impossible value is a
+`UserError` that names the key, the value and what was expected.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from fipo.errors import UserError
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, key: str, given: Any, expected: str) -> None:
+    if not condition:
+        raise UserError(f"config: {key} is {given!r}; expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Text:
+    """Where training text comes from and how much of it is turned into activations."""
+
+    source: str
+    """A Hugging Face dataset id, a local folder or file (parquet, jsonl, txt), or the name of a built-in source."""
+    field: str = "text"
+    """Column that holds the text."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    revision: str | None = None
+    """Revision of a hub dataset; None resolves the newest one and records it."""
+    tokens: int
+    """Content tokens to harvest; training passes over them again when it needs more."""
+    held_out_tokens: int
+    """Content tokens harvested after those, never trained on, for the final FVU, L0 and dead latents."""
+    packed: bool
+    """True: documents are joined into full contexts (decoders). False: one document a row, cut at the context."""
+    cached: bool = True
+    """Keep the activations on disk for the next run; False streams them from the model."""
+    buffer_tokens: int = 131_072
+    """Size of the shuffle buffer."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.source), "text.source", self.source, "a dataset id, a path or a built-in source")
+        _require(self.tokens > 0, "text.tokens", self.tokens, "a positive number of tokens")
+        _require(self.held_out_tokens > 0, "text.held_out_tokens", self.held_out_tokens, "a positive number of tokens")
+        _require(self.buffer_tokens > 0, "text.buffer_tokens", self.buffer_tokens, "a positive number of tokens")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probing:
+    """The sparse_probing evaluation (SAEBench's protocol)."""
+
+    datasets: tuple[str, ...]
+    """Names from the catalogue of labelled text, or local folders; each one-vs-rest over its classes."""
+    train_per_class: int = 2000
+    """Training texts a class; a binary task has as many negatives, drawn evenly from the other classes."""
+    test_per_class: int = 500
+    """Test texts a class."""
+    ks: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
+    """Numbers of latents a probe may use."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.datasets) > 0, "probing.datasets", self.datasets, "at least one dataset")
+        _require(len(self.ks) > 0 and min(self.ks) > 0, "probing.ks", self.ks, "positive numbers of latents")
+        _require(self.train_per_class > 1, "probing.train_per_class", self.train_per_class, "at least 2 texts")
+        _require(self.test_per_class > 1, "probing.test_per_class", self.test_per_class, "at least 2 texts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """Model, layers, text, sizes and probing datasets: everything that says how large the job is."""
+
+    name: str
+    """Name under which `FIPO_WORKLOAD` finds it."""
+    model: str
+    """Hugging Face id, local folder, or `package:NAME/FOLDER` for weights inside an installed data package."""
+    weights_sha256: str | None = None
+    """SHA-256 that the weights file must have, or the run stops; None accepts any."""
+    layers: tuple[int, ...]
+    """Blocks whose output (residual stream) is read, counted from 0; one SAE each."""
+    context: int = 128
+    """Tokens a row of text, special tokens included."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format in which the language model runs and activations are kept."""
+    text: Text
+    """Training text."""
+    probing: Probing
+    """Evaluation text."""
+    latents: int
+    """F, the dictionary size."""
+    k: int
+    """Active latents a token for topk and batchtopk."""
+    sparsity_penalty: float
+    """λ_s of relu (L1) and jumprelu (L0), on inputs of mean squared norm D and a loss averaged over D."""
+    learning_rate: float = 3e-4
+    """Peak learning rate of Adam."""
+    batch_tokens: int = 2048
+    """B, tokens a step."""
+    train_tokens: int
+    """Tokens trained on, repeats counted; steps = train_tokens // batch_tokens."""
+    dead_tokens: int
+    """A latent silent for so many training tokens is dead."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.layers) > 0, "workload.layers", self.layers, "at least one layer")
+        _require(min(self.layers) >= 0, "workload.layers", self.layers, "layer numbers from 0")
+        _require(len(set(self.layers)) == len(self.layers), "workload.layers", self.layers, "each layer once")
+        _require(self.context > 2, "workload.context", self.context, "more than 2 tokens")
+        _require(self.latents > 0, "workload.latents (F)", self.latents, "a positive number of latents")
+        _require(self.k > 0, "workload.k", self.k, "a positive number of active latents")
+        _require(self.k <= self.latents, "workload.k", self.k, f"at most workload.latents = {self.latents}")
+        _require(
+            max(self.probing.ks) <= self.latents,
+            "workload.probing.ks",
+            self.probing.ks,
+            f"at most workload.latents = {self.latents}",
+        )
+        _require(self.sparsity_penalty >= 0, "workload.sparsity_penalty", self.sparsity_penalty, "zero or more")
+        _require(self.learning_rate > 0, "workload.learning_rate", self.learning_rate, "a positive rate")
+        _require(self.batch_tokens > 0, "workload.batch_tokens", self.batch_tokens, "a positive number of tokens")
+        _require(self.dead_tokens > 0, "workload.dead_tokens", self.dead_tokens, "a positive number of tokens")
+        _require(
+            self.train_tokens >= self.batch_tokens,
+            "workload.train_tokens",
+            self.train_tokens,
+            f"at least one batch ({self.batch_tokens} tokens), since a run of zero steps is no result",
+        )
+        _require(
+            self.text.buffer_tokens >= self.batch_tokens,
+            "workload.text.buffer_tokens",
+            self.text.buffer_tokens,
+            f"at least one batch ({self.batch_tokens} tokens)",
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return self.train_tokens // self.batch_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Importance:
+    """σ_F, the EMA of activation norms (METHOD section 1)."""
+
+    decay: float = 0.999
+    """β, decay a step."""
+    norm: Literal["l1", "l2"] = "l1"
+    """Norm over the batch: l1 is mean |a|, l2 the root mean square."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.decay < 1, "importance.decay", self.decay, "a decay from 0 to below 1")
+
+    def half_life_tokens(self, batch_tokens: int) -> float:
+        """Tokens after which a past batch counts half."""
+        return batch_tokens * math.log(0.5) / math.log(self.decay) if self.decay > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reservoir:
+    """The activation reservoir and the revival of dead latents from it (METHOD section 2)."""
+
+    slots: int = 4096
+    """R, tokens kept."""
+    half_life_steps: float = 50.0
+    """Steps after which a kept token's weight counts half against a new one's (forward decay)."""
+    revive_every: int = 50
+    """Steps between revivals; none in the last fifth of training, where the rate is too low to learn a new latent."""
+    encoder_scale: float = 0.5
+    """Norm of a revived encoder column, in units of the mean norm of the live ones."""
+
+    def __post_init__(self) -> None:
+        _require(self.slots > 0, "reservoir.slots", self.slots, "a positive number of slots")
+        _require(self.half_life_steps > 0, "reservoir.half_life_steps", self.half_life_steps, "a positive number")
+        _require(self.revive_every > 0, "reservoir.revive_every", self.revive_every, "a positive number of steps")
+        _require(self.encoder_scale > 0, "reservoir.encoder_scale", self.encoder_scale, "a positive factor")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LSH:
+    """Candidate pairs of similar decoder rows by sign random projections (METHOD section 3)."""
+
+    tables: int = 16
+    """T, hash tables."""
+    bits: int = 5
+    """S, sign bits a table; 2^S buckets."""
+    capacity: int = 128
+    """C, latents of highest importance that a bucket keeps."""
+    min_cosine: float = 0.2
+    """Pairs below this cosine are not candidates."""
+    refresh_every: int = 50
+    """Steps between refreshes; planes are redrawn at each."""
+    autocast: bool = True
+    """Project under torch.autocast in bfloat16."""
+
+    def __post_init__(self) -> None:
+        _require(self.tables > 0, "lsh.tables", self.tables, "a positive number of tables")
+        _require(0 < self.bits <= 24, "lsh.bits", self.bits, "1 to 24 bits")
+        _require(self.capacity > 1, "lsh.capacity", self.capacity, "room for at least one pair")
+        _require(0 <= self.min_cosine < 1, "lsh.min_cosine", self.min_cosine, "a cosine from 0 to below 1")
+        _require(self.refresh_every > 0, "lsh.refresh_every", self.refresh_every, "a positive number of steps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Penalty:
+    """Ω, importance-weighted orthogonality (METHOD section 4)."""
+
+    weight: float = 0.03
+    """λ_o."""
+    estimator: Literal["max", "sum", "unbiased"] = "max"
+    """Over a latent's candidates: the worst one, all of them, or all weighted by one over their collision chance."""
+    yields: Literal["less_important", "both"] = "less_important"
+    """Who moves: only the less important of a pair, or both."""
+    margin: float = 0.0
+    """Cosine that costs nothing."""
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, "penalty.weight", self.weight, "zero or more")
+        _require(0 <= self.margin < 1, "penalty.margin", self.margin, "a cosine from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Levels:
+    """Nested reconstruction (METHOD section 4b): level m is reconstructed from levels 1..m."""
+
+    order: Literal["fixed", "importance"] = "importance"
+    """By index (Matryoshka) or by σ, largest first."""
+    shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
+    """Share of the dictionary in the first m levels; increasing, the last one is 1."""
+    stop_gradient: float = 0.5
+    """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
+    decoder_only: float = 0.25
+    """Share of the steps, the last ones, in which the encoder is frozen and the decoder alone learns, unlevelled."""
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip((0.0, *self.shares), self.shares, strict=False))
+        _require(
+            rising and self.shares[-1:] == (1.0,), "levels.shares", self.shares, "rising shares that end in 1.0"
+        )
+        _require(0 <= self.stop_gradient <= 1, "levels.stop_gradient", self.stop_gradient, "a strength from 0 to 1")
+        _require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimiser:
+    """Adam and its schedules, as shares of the run so that they fit any length."""
+
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate and λ_s, λ_o rise from 0."""
+    decay: float = 0.2
+    """Share of the steps, the last ones, over which the learning rate falls to 0."""
+    betas: tuple[float, ...] = (0.9, 0.999)
+    """Adam's two decays."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    autocast: bool = True
+    """Run the matrix products in bfloat16 (weights, moments, losses and statistics stay float32)."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.warmup <= 1, "optimiser.warmup", self.warmup, "a share from 0 to 1")
+        _require(0 <= self.decay <= 1, "optimiser.decay", self.decay, "a share from 0 to 1")
+        _require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "optimiser.betas",
+            self.betas,
+            "two decays from 0 to below 1",
+        )
+        _require(self.clip > 0, "optimiser.clip", self.clip, "a positive norm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run, whole."""
+
+    run: str
+    """Name of the experiment, `run_0` to `run_9`."""
+    seed: int = 42
+    """Seed of every generator: initialisation, shuffling, reservoir, planes, probes."""
+    workload: Workload
+    """Model, layers, text and sizes."""
+    architecture: Literal["relu", "topk", "batchtopk", "jumprelu"] = "relu"
+    """Activation of the SAE."""
+    aux_weight: float = 0.0
+    """α of the auxiliary loss by which dead latents learn the residual (Gao et al. 2024); 0 is off."""
+    optimiser: Optimiser = dataclasses.field(default_factory=Optimiser)
+    """Adam and its schedules."""
+    importance: Importance | None = None
+    """σ; None: nothing uses it."""
+    reservoir: Reservoir | None = None
+    """Activation reservoir and revival; None: off."""
+    lsh: LSH | None = None
+    """Candidate pairs; None: off."""
+    penalty: Penalty | None = None
+    """Ω; None: off, though pairs may be mined and reported."""
+    levels: Levels | None = None
+    """Nested reconstruction; None: plain."""
+    log_every: int = 25
+    """Steps between lines of the training log."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, "seed", self.seed, "zero or more")
+        _require(self.aux_weight >= 0, "aux_weight", self.aux_weight, "zero or more")
+        _require(self.log_every > 0, "log_every", self.log_every, "a positive number of steps")
+        _require(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "a positive number of steps")
+        _require(
+            self.lsh is None or self.importance is not None,
+            "lsh",
+            "on",
+            "importance as well, since queues keep the latents of highest σ",
+        )
+        _require(self.penalty is None or self.lsh is not None, "penalty", "on", "lsh as well, which finds its pairs")
+        _require(
+            self.levels is None or self.levels.order == "fixed" or self.importance is not None,
+            "levels.order",
+            "importance",
+            "the section importance as well",
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON or YAML values: tuples become lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(cls: type[T], values: Any, path: str = "") -> T:
+    """Build the record `cls` from plain values. Strict: unknown keys, missing keys and wrong types are `UserError`s."""
+    _require(isinstance(values, dict), path or "the config", values, "a mapping of keys to values")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        _require(key in hints, f"{path}{key}", values[key], f"one of the keys {', '.join(hints)}")
+    required = [
+        field.name
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    for key in required:
+        _require(key in values, f"{path}{key}", None, "a value: it has no default")
+    return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Check `value` against the type `hint`; integers pass as floats, lists as tuples, nothing else is bent."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(arguments[0], value, path)
+    if origin is Literal:
+        _require(isinstance(value, str) and value in arguments, path, value, "one of " + ", ".join(arguments))
+        return value
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), path, value, "a list")
+        return tuple(_convert(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, f"{path}.")
+    if hint is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        _require(number, path, value, "a finite number")
+        return float(value)
+    _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), path, value, hint.__name__)
+    return value

@@ -1,0 +1,1 @@
+"""From text to shuffled activations: text -> language model -> harvest -> store on disk -> shuffle buffer."""

@@ -1,0 +1,111 @@
+"""Labelled text for probing: for each class of a dataset its training and test texts.
+
+A name is either in the catalogue of counterpart datasets (fipo.data.sae_probes) or a local folder with
+`train.parquet` and `test.parquet` (columns `text`, `label`; optional `dataset.json` with `label_names`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fipo.config import Probing
+from fipo.data import sae_probes
+from fipo.errors import UserError
+from fipo.files import read_json, sha256_json
+from fipo.randomness import generator_for
+
+
+@dataclass(frozen=True)
+class LabelledText:
+    """One dataset, cut to size."""
+
+    name: str
+    train: dict[str, list[str]]
+    """Class -> training texts, as many in each."""
+    test: dict[str, list[str]]
+    """Class -> test texts, as many in each; none of them is a training text."""
+
+    @property
+    def texts(self) -> list[str]:
+        """All texts: training classes in order, then test classes in order."""
+        return [text for split in (self.train, self.test) for texts in split.values() for text in texts]
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the selected texts and their labels."""
+        return sha256_json([self.name, self.train, self.test])
+
+
+def load_labelled(name: str, probing: Probing, seed: int) -> LabelledText:
+    """The dataset `name` with `train_per_class` and `test_per_class` texts a class, drawn by the seed."""
+    if name in sae_probes.DATASETS:
+        classes = sae_probes.labelled_texts(name)
+        pools = {label: _shuffled(texts, seed, name, label) for label, texts in classes.items()}
+        needed = probing.train_per_class + probing.test_per_class
+        train = {label: texts[: probing.train_per_class] for label, texts in pools.items()}
+        test = {label: texts[probing.train_per_class : needed] for label, texts in pools.items()}
+        return _checked(LabelledText(name, train, test), probing, {label: len(texts) for label, texts in pools.items()})
+    if Path(name).is_dir():
+        return _from_folder(Path(name), probing, seed)
+    raise UserError(
+        f"probing dataset {name} is neither a folder nor known; known are {', '.join(sorted(sae_probes.DATASETS))}"
+    )
+
+
+def _from_folder(folder: Path, probing: Probing, seed: int) -> LabelledText:
+    splits = {split: _read_split(folder, split) for split in ("train", "test")}
+    for split, other in (("train", "test"), ("test", "train")):
+        alone = sorted(set(splits[split]) - set(splits[other]))
+        if alone:
+            raise UserError(f"dataset {folder}: label {alone[0]} occurs in {split} and not in {other}")
+    sizes = {"train": probing.train_per_class, "test": probing.test_per_class}
+    chosen = {
+        split: {
+            label: _shuffled(texts, seed, folder.name, split, label)[: sizes[split]]
+            for label, texts in sorted(splits[split].items())
+        }
+        for split in splits
+    }
+    counts = {label: len(splits["train"][label]) + len(splits["test"][label]) for label in splits["train"]}
+    return _checked(LabelledText(folder.name, chosen["train"], chosen["test"]), probing, counts)
+
+
+def _read_split(folder: Path, split: str) -> dict[str, list[str]]:
+    import pyarrow.parquet
+
+    file = folder / f"{split}.parquet"
+    if not file.is_file():
+        raise UserError(f"dataset {folder} has no {file.name}; expected train.parquet and test.parquet")
+    try:
+        table = pyarrow.parquet.read_table(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"dataset file {file} is not readable parquet: {error}") from error
+    if not {"text", "label"} <= set(table.column_names):
+        raise UserError(f"dataset file {file} has the columns {', '.join(table.column_names)}; expected text, label")
+    description = folder / "dataset.json"
+    names = read_json(description).get("label_names") if description.is_file() else None
+    classes: dict[str, list[str]] = {}
+    for text, label in zip(table["text"].to_pylist(), table["label"].to_pylist(), strict=True):
+        if text:
+            classes.setdefault(str(names[label]) if names else str(label), []).append(text)
+    return classes
+
+
+def _checked(data: LabelledText, probing: Probing, counts: dict[str, int]) -> LabelledText:
+    if len(data.train) < 2:
+        raise UserError(f"dataset {data.name} has the classes {list(data.train)}; probing needs at least two")
+    for label in data.train:
+        for split, wanted in (("train", probing.train_per_class), ("test", probing.test_per_class)):
+            given = len(getattr(data, split)[label])
+            if given < wanted:
+                raise UserError(
+                    f"dataset {data.name}: class {label} has {counts[label]} texts, {given} left for {split}; {wanted} "
+                    "are needed: lower probing.train_per_class or probing.test_per_class"
+                )
+    return data
+
+
+def _shuffled(texts: list[str], *purpose: object) -> list[str]:
+    order = torch.randperm(len(texts), generator=generator_for(0, *purpose))
+    return [texts[index] for index in order.tolist()]

@@ -1,0 +1,195 @@
+"""The language model: any Hugging Face decoder or encoder, read through hooks on its blocks.
+
+One forward pass serves every wanted layer and stops behind the last of them. Weights are read from safetensors only,
+no remote code is run. This is the only module that imports transformers and huggingface_hub. Shapes: B texts, S
+positions, D model width, L layers.
+"""
+
+import importlib.util
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fipo.errors import UserError
+from fipo.files import sha256_file, sha256_json
+
+WEIGHTS_AND_TOKENISER = ["*.safetensors", "*.json", "tokenizer*", "*.model", "vocab*", "merges*"]
+
+
+class _LastLayerReached(Exception):
+    """Thrown by the last hook: nothing behind it is needed."""
+
+
+def resolve_model(model: str) -> Path:
+    """The local folder of a model: `package:NAME/FOLDER` inside an installed package, a folder, or a hub id."""
+    if model.startswith("package:"):
+        package, _, inside = model.removeprefix("package:").partition("/")
+        return package_folder(package) / inside
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith((".", "/", "~")):
+        raise UserError(f"model folder {model} does not exist; expected a folder with config.json and safetensors")
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=WEIGHTS_AND_TOKENISER))
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"model {model} is gated: accept its licence on its hub page and set HF_TOKEN, or give a local folder"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(f"model {model} is not on the hub (or is private and HF_TOKEN is not set)") from error
+    except errors.HFValidationError as error:
+        raise UserError(f"model {model!r} is neither a folder nor a hub id of the form OWNER/NAME") from error
+    except Exception as error:  # requests, httpx and the hub each have their own name for "no network"
+        raise UserError(
+            f"model {model} cannot be fetched: the hub is out of reach ({type(error).__name__}); "
+            "check the network, or give a local folder"
+        ) from error
+
+
+def package_folder(package: str) -> Path:
+    """Folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the data package {package} is not installed; run `make setup`")
+    return Path(spec.submodule_search_locations[0])
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 of the weights: of the file itself where there is one, of the list of hashes where there are several."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder} has no *.safetensors weights; other formats can run code and are not read")
+    hashes = [sha256_file(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else sha256_json(hashes)
+
+
+def find_blocks(model: nn.Module, count: int) -> nn.ModuleList:
+    """The list of transformer blocks: the first `ModuleList` with as many entries as the config has layers."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"{type(model).__name__} has no list of {count} blocks; this architecture is not supported")
+
+
+class LanguageModel:
+    """A frozen model with its tokeniser, and the residual stream behind the wanted layers."""
+
+    def __init__(
+        self, model: str, layers: Sequence[int], *, dtype: str, context: int, weights_sha256: str | None, device: str
+    ) -> None:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        folder = resolve_model(model)
+        self.name, self.layers, self.context, self.device = model, tuple(layers), context, device
+        self.weights_hash = hash_weights(folder)
+        if weights_sha256 not in (None, self.weights_hash):
+            raise UserError(
+                f"the weights of {model} have SHA-256 {self.weights_hash}; expected {weights_sha256}; "
+                "install the genuine file (`make setup` does for the built-in workload)"
+            )
+        try:
+            self.model = transformers.AutoModel.from_pretrained(
+                folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
+            )
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder} does not load as a model with tokeniser: {error}") from error
+        self.model.eval().requires_grad_(False).to(device)
+        self.model.config.use_cache = False
+        self.blocks = find_blocks(self.model, self.model.config.num_hidden_layers)
+        if max(self.layers) >= len(self.blocks):
+            raise UserError(f"layer {max(self.layers)} of {model}: it has layers 0 to {len(self.blocks) - 1}")
+        self.tokenizer_hash = sha256_json([self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map])
+
+    @property
+    def width(self) -> int:
+        """D, the width of the residual stream."""
+        return self.model.config.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The format in which the model runs."""
+        return self.model.dtype
+
+    @property
+    def special_ids(self) -> list[int]:
+        """Token ids that are not content: padding, begin, end, class and separator."""
+        names = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+        return sorted({value for name in names if (value := getattr(self.tokenizer, name)) is not None})
+
+    @property
+    def begin_id(self) -> int | None:
+        """The token with which every row of a decoder begins (attention gathers there); None for encoders."""
+        if self.tokenizer.cls_token_id is not None:
+            return None
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills a batch up; it is masked, so any will do."""
+        return self.tokenizer.pad_token_id or 0
+
+    def token_rows(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """One row of at most `context` token ids a text: its beginning, special tokens included."""
+        for batch in _batched(texts, 256):
+            encoded = self.tokenizer(batch, truncation=True, max_length=self.context)["input_ids"]
+            for ids in encoded:
+                if self.begin_id is not None and ids[:1] != [self.begin_id]:
+                    ids = [self.begin_id, *ids][: self.context]
+                yield ids
+
+    def packed_rows(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Full rows of `context` token ids: texts end to end, an end token between them, a begin token in front."""
+        end = self.tokenizer.eos_token_id
+        front = [] if self.begin_id is None else [self.begin_id]
+        size, waiting = self.context - len(front), []
+        for batch in _batched(texts, 256):
+            for ids in self.tokenizer(batch, add_special_tokens=False)["input_ids"]:
+                waiting += ids if end is None else [*ids, end]
+            for start in range(0, len(waiting) - size + 1, size):
+                yield front + waiting[start : start + size]
+            waiting = waiting[len(waiting) - len(waiting) % size :]
+
+    @torch.inference_mode()
+    def activations(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """Residual stream behind every wanted layer, [L, B, S, D], in the model's own dtype."""
+        found: dict[int, Tensor] = {}
+        last = max(self.layers)
+
+        def reader(layer: int) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                found[layer] = output[0] if isinstance(output, tuple) else output
+                if layer == last:
+                    raise _LastLayerReached
+
+            return hook
+
+        handles = [self.blocks[layer].register_forward_hook(reader(layer)) for layer in self.layers]
+        try:
+            self.model(input_ids=ids_BS.to(self.device), attention_mask=mask_BS.to(self.device))
+        except _LastLayerReached:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack([found[layer] for layer in self.layers])
+
+
+def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,98 @@
+"""Training text: a built-in source, a local folder or file, or a dataset of the hub, streamed.
+
+A `TextSource` gives its texts in a fixed order, as often as asked, and a fingerprint that names exactly what they are;
+the activations made from them are cached under it. `datasets` is imported here alone. No dataset script is ever run.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fipo.config import Text
+from fipo.data import sae_probes
+from fipo.errors import UserError
+from fipo.files import sha256_file, sha256_json
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Texts in a fixed order."""
+
+    fingerprint: str
+    """Names the texts and their order."""
+    texts: Callable[[], Iterator[str]]
+    """A fresh pass over the texts."""
+
+
+def open_text(text: Text) -> TextSource:
+    """The text that a workload names."""
+    if text.source == sae_probes.SOURCE:
+        return TextSource(sae_probes.fingerprint(), sae_probes.training_texts)
+    path = Path(text.source)
+    if path.exists():
+        return TextSource(_hash_path(path), lambda: _column(load_local(path, text.split), text))
+    if text.source.startswith((".", "/", "~")):
+        raise UserError(f"text source {text.source} does not exist; expected a folder or file of parquet, jsonl or txt")
+    revision = text.revision or _newest_revision(text.source)
+    return TextSource(
+        f"{text.source}@{revision}/{text.split}/{text.field}",
+        lambda: _column(load_hub(text.source, text.split, revision), text),
+    )
+
+
+def load_local(path: Path, split: str) -> Any:
+    """A local folder in the hub's layout, or one file, as a stream of records."""
+    import datasets
+
+    builders = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
+    try:
+        if path.is_dir():
+            return datasets.load_dataset(str(path), split=split, streaming=True)
+        if path.suffix not in builders:
+            raise UserError(f"text source {path} is no {', '.join(builders)} file")
+        return datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train", streaming=True)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many kinds for what is one thing to the user
+        raise UserError(f"text source {path}, split {split}, does not load: {error}") from error
+
+
+def load_hub(name: str, split: str, revision: str | None, config: str | None = None) -> Any:
+    """A dataset of the hub as a stream of records."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+    except Exception as error:
+        raise UserError(
+            f"dataset {name}, split {split}, cannot be read ({type(error).__name__}); check the name, the network "
+            "and HF_TOKEN if it is gated, or give a local folder"
+        ) from error
+
+
+def _newest_revision(name: str) -> str:
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().dataset_info(name).sha or "main"
+    except Exception as error:
+        raise UserError(
+            f"text source {name} is no local path, and the hub cannot be asked for it ({type(error).__name__}); "
+            "check the name, the network and HF_TOKEN if it is gated"
+        ) from error
+
+
+def _column(records: Any, text: Text) -> Iterator[str]:
+    for record in records:
+        if text.field not in record:
+            raise UserError(
+                f"text source {text.source} has the columns {', '.join(record)}, not {text.field}; set text.field"
+            )
+        if record[text.field]:
+            yield record[text.field]
+
+
+def _hash_path(path: Path) -> str:
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return sha256_json([[str(file.relative_to(path.parent)), sha256_file(file)] for file in files])

@@ -1,0 +1,134 @@
+"""Saved SAEs, in SAELens' on-disk format: a folder with `sae_weights.safetensors` and `cfg.json`.
+
+Everything about the training space is folded into the weights, so a saved SAE takes raw activations and gives raw
+activations, with unit-norm decoder rows. With x = (acts - μ)·c in training:
+
+    W_enc = enc    b_enc = enc_bias / c + dec_bias enc / c    W_dec = dec    b_dec = μ + dec_bias / c
+
+(SAELens encodes acts - b_dec, hence the second summand.) Codes come out in raw units, and thresholds are divided by
+c. `batchtopk` is saved as `jumprelu` with its learned threshold, as SAELens does. Importance and statistics lie in a
+file beside it, since SAELens refuses unknown tensors. Nothing is ever unpickled.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fipo.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from fipo.checkpoint import load_tensors
+from fipo.errors import UserError
+from fipo.files import read_json, replacing, write_json
+from fipo.sae import SAE
+
+SAELENS_VERSION = "6.54.12"
+"""The version of SAELens whose format this is; without it in the file SAELens reads an older format."""
+
+
+@torch.no_grad()
+def fold(sae: SAE) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Architecture name, tensors and architecture fields in SAELens' terms, in raw-activation units."""
+    scale, latents = sae.scale.double(), sae.latents
+    norm_F = sae.dec_FD.double().norm(dim=1).clamp_min(1e-12)
+    enc_DF = sae.enc_DF.double() * norm_F
+    tensors = {
+        "W_enc": enc_DF,
+        "b_enc": (sae.enc_bias_F.double() * norm_F + sae.dec_bias_D.double() @ enc_DF) / scale,
+        "W_dec": sae.dec_FD.double() / norm_F[:, None],
+        "b_dec": sae.mean_D.double() + sae.dec_bias_D.double() / scale,
+    }
+    architecture, fields = "standard", {}
+    match sae.activation:
+        case TopK(k=k):
+            architecture, fields = "topk", {"k": k, "rescale_acts_by_decoder_norm": True}
+        case BatchTopK(threshold=threshold):
+            architecture = "jumprelu"
+            tensors["threshold"] = threshold.double().expand(latents) * norm_F / scale
+        case JumpReLU(threshold_F=threshold_F):
+            architecture = "jumprelu"
+            tensors["threshold"] = threshold_F.double() * norm_F / scale
+    return architecture, {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, fields
+
+
+def save_sae(
+    folder: Path, sae: SAE, *, model: str, layer: int, context: int, dataset: str, beside: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Write the SAE and, in `fipo_statistics.safetensors`, the tensors `beside`; returns the content of cfg.json."""
+    architecture, tensors, fields = fold(sae)
+    config = {
+        "d_in": sae.d_in,
+        "d_sae": sae.latents,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "architecture": architecture,
+        **fields,
+        "metadata": {
+            "sae_lens_version": SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            "model_name": model,
+            "hook_name": f"blocks.{layer}.hook_resid_post",
+            "hook_layer": layer,
+            "hook_head_index": None,
+            "context_size": context,
+            "prepend_bos": True,
+            "exclude_special_tokens": True,
+            "dataset_path": dataset,
+            "seqpos_slice": [None],
+            "model_class_name": "AutoModel",
+            "model_from_pretrained_kwargs": {},
+            "neuronpedia_id": None,
+        },
+    }
+    with replacing(folder / "sae_weights.safetensors") as temporary:
+        safetensors.torch.save_file(tensors, temporary)
+    with replacing(folder / "fipo_statistics.safetensors") as temporary:
+        safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in beside.items()}, temporary)
+    write_json(folder / "cfg.json", config)
+    return config
+
+
+def load_sae(folder: Path) -> SAE:
+    """An SAE in SAELens' format as ours: raw activations in, raw activations out; in evaluation mode."""
+    config, tensors = read_json(folder / "cfg.json"), load_tensors(folder / "sae_weights.safetensors")
+    try:
+        architecture, width, latents = config["architecture"], config["d_in"], config["d_sae"]
+        shapes = {"W_enc": (width, latents), "b_enc": (latents,), "W_dec": (latents, width), "b_dec": (width,)}
+        activation = _activation(architecture, config, tensors, shapes)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}/cfg.json lacks {error}; expected an SAE in SAELens' format") from error
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape or not tensors[name].isfinite().all():
+            given = tuple(tensors[name].shape) if name in tensors else "missing"
+            raise UserError(f"{folder}: tensor {name} is {given} or not finite; expected finite {shape}")
+    if config.get("normalize_activations", "none") != "none":
+        raise UserError(f"{folder}: normalize_activations is not folded into the weights; fold it before saving")
+    sae = SAE(width, latents, activation, generator=torch.Generator())
+    centred = config.get("apply_b_dec_to_input", True)
+    with torch.no_grad():
+        sae.enc_DF.copy_(tensors["W_enc"])
+        sae.enc_bias_F.copy_(tensors["b_enc"])
+        sae.dec_FD.copy_(tensors["W_dec"])
+        (sae.mean_D if centred else sae.dec_bias_D).copy_(tensors["b_dec"])
+    return sae.eval()
+
+
+def _activation(
+    architecture: str, config: dict[str, Any], tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
+) -> Activation:
+    match architecture:
+        case "standard":
+            return ReLU()
+        case "topk":
+            return TopK(config["k"])
+        case "jumprelu":
+            shapes["threshold"] = (config["d_sae"],)
+            activation = JumpReLU(config["d_sae"])
+            with torch.no_grad():
+                activation.log_threshold_F.copy_(tensors["threshold"].clamp_min(1e-30).log())
+            return activation
+    raise UserError(f"architecture {architecture} is not one of standard, topk, jumprelu")

@@ -1,0 +1,81 @@
+"""Importance σ_F: an EMA of every latent's activation norm, read through a removable forward hook.
+
+    σ ← β σ + (1-β) · norm_b(codes_BF)      norm: l1 = mean_b |a|, or l2 = sqrt(mean_b a²)
+
+Bias-corrected (Kingma & Ba 2015, section 3), so a constant input gives the constant from the first step. The hook only
+collects sums, and only while its module is in training mode; `commit` moves the average once a step. Hence evaluation
+never changes σ, and a batch in two halves equals the batch in one. Shapes: B tokens, F latents.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class ImportanceEMA:
+    """σ_F and the dead clock (tokens since each latent last fired). Knows codes, not SAEs."""
+
+    def __init__(self, latents: int, *, decay: float, norm: str = "l1", device: torch.device | str = "cpu") -> None:
+        self.decay = decay
+        self.norm = norm
+        self.mean_F = torch.zeros(latents, device=device)
+        self.weight = torch.zeros((), dtype=torch.float64, device=device)
+        self.silent_tokens_F = torch.zeros(latents, dtype=torch.int64, device=device)
+        self._sum_F = torch.zeros(latents, device=device)
+        self._fired_F = torch.zeros(latents, device=device)
+        self._tokens = 0
+
+    def attach(self, activation: nn.Module) -> RemovableHandle:
+        """Read the codes of `activation` at each of its training forward passes; `handle.remove()` ends it."""
+
+        def hook(module: nn.Module, _inputs: Any, codes_BF: Tensor) -> None:
+            if module.training:
+                self.collect(codes_BF.detach())
+
+        return activation.register_forward_hook(hook)
+
+    @torch.no_grad()
+    def collect(self, codes_BF: Tensor) -> None:
+        """Add the sums of one batch, or of one part of it."""
+        if self.norm == "l1":
+            self._sum_F += codes_BF.abs().sum(0, dtype=torch.float32)
+        else:
+            self._sum_F += codes_BF.float().pow(2).sum(0)
+        self._fired_F += (codes_BF != 0).sum(0, dtype=torch.float32)
+        self._tokens += codes_BF.shape[0]
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Move the average by what was collected since the last commit, summed over the ranks; nothing if nothing."""
+        tokens = self._tokens
+        if dist.is_available() and dist.is_initialized():
+            count = torch.tensor([float(tokens)], dtype=torch.float64, device=self._sum_F.device)
+            for collected in (self._sum_F, self._fired_F, count):
+                dist.all_reduce(collected)
+            tokens = int(count.item())
+        if tokens == 0:
+            return
+        norm_F = self._sum_F / tokens
+        norm_F = norm_F if self.norm == "l1" else norm_F.sqrt()
+        self.mean_F.mul_(self.decay).add_(norm_F, alpha=1 - self.decay)
+        self.weight.mul_(self.decay).add_(1 - self.decay)
+        self.silent_tokens_F = torch.where(self._fired_F > 0, 0, self.silent_tokens_F + tokens)
+        self._sum_F.zero_()
+        self._fired_F.zero_()
+        self._tokens = 0
+
+    def values(self) -> Tensor:
+        """σ_F, bias-corrected; zeros before the first commit."""
+        return self.mean_F / self.weight.float().clamp_min(1e-30)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State between steps (nothing collected is pending there)."""
+        return {"mean_F": self.mean_F, "weight": self.weight, "silent_tokens_F": self.silent_tokens_F}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+        for name in ("mean_F", "weight", "silent_tokens_F"):
+            getattr(self, name).copy_(state[name])

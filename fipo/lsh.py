@@ -1,0 +1,82 @@
+"""Which latents may be too similar: sign random projections, buckets, queues, candidate pairs.
+
+    bit = sign(⟨plane, d⟩)          P(one bit of d_i and d_j agrees) = 1 - θ_ij/π         (Charikar 2002)
+
+T tables of S bits; the planes are redrawn from a generator at every refresh. Two latents meet when all S bits of a
+table agree, which some table does with probability p(cos) = 1 - (1 - (1-θ/π)^S)^T. In a bucket the C latents of
+highest priority queue (fipo.reservoir), and all pairs of a queue are compared by one batched matrix product. Cost
+O(F·T·(S·D + C·D)), never O(F²·D).
+
+Shapes: F latents, D model width, T tables, S bits, Q = 2^S buckets, C capacity, P pairs. Knows directions and
+priorities, not SAEs.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fipo.reservoir import BucketQueues
+
+
+class Candidates(NamedTuple):
+    """Pairs of latents that met in a bucket."""
+
+    pairs_P2: Tensor
+    """Latents i < j, no pair twice, sorted."""
+    overflow: float
+    """Share of (latent, table) places for which a bucket had no room: where > 0, `collision_probability` overstates."""
+
+
+def bucket_numbers(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
+    """Bucket of every row in every table, [F, T] int64 in 0 .. 2^S - 1.
+
+    The projection, the one costly part, runs under `torch.autocast` in bfloat16 when asked: only signs are used.
+    """
+    _, tables, bits = planes_DTS.shape
+    with torch.autocast(rows_FD.device.type, dtype=torch.bfloat16, enabled=autocast):
+        projected_FTS = (rows_FD @ planes_DTS.flatten(1)).unflatten(1, (tables, bits))
+    powers_S = 2 ** torch.arange(bits, device=rows_FD.device)
+    return ((projected_FTS > 0) * powers_S).sum(-1)
+
+
+def collision_probability(cos: Tensor, tables: int, bits: int) -> Tensor:
+    """p(cos) = 1 - (1 - (1-θ/π)^S)^T, the chance that two rows share a bucket in some table."""
+    agree = 1 - cos.clamp(-1, 1).acos() / math.pi
+    return 1 - (1 - agree.pow(bits)).pow(tables)
+
+
+@torch.no_grad()
+def candidate_pairs(
+    unit_FD: Tensor,
+    priority_F: Tensor,
+    *,
+    tables: int,
+    bits: int,
+    capacity: int,
+    min_cosine: float,
+    generator: torch.Generator,
+    autocast: bool = True,
+) -> Candidates:
+    """Pairs of unit rows with cosine >= `min_cosine` that met in a bucket of one of the tables."""
+    latents, width = unit_FD.shape
+    planes_DTS = torch.randn(width, tables, bits, generator=generator, device=generator.device).to(unit_FD.device)
+    buckets_FT = bucket_numbers(unit_FD, planes_DTS, autocast)
+    numbers_F = torch.arange(latents, device=unit_FD.device)
+    found, placed = [], 0
+    for table in range(tables):
+        queues = BucketQueues(2**bits, capacity, device=unit_FD.device)
+        queues.offer(buckets_FT[:, table], priority_F, numbers_F)
+        held_QC = queues.items_QC
+        placed += int((held_QC >= 0).sum())
+        rows_QCD = unit_FD[held_QC.clamp_min(0)]
+        cos_QCC = torch.bmm(rows_QCD, rows_QCD.mT)
+        usable_QC = held_QC >= 0
+        close_QCC = (cos_QCC >= min_cosine) & usable_QC[:, :, None] & usable_QC[:, None, :]
+        queue_N, left_N, right_N = close_QCC.triu(1).nonzero(as_tuple=True)
+        first_N, second_N = held_QC[queue_N, left_N], held_QC[queue_N, right_N]
+        found.append(torch.minimum(first_N, second_N) * latents + torch.maximum(first_N, second_N))
+    codes_P = torch.cat(found).unique()
+    pairs_P2 = torch.stack([codes_P // latents, codes_P % latents], dim=1)
+    return Candidates(pairs_P2, overflow=1 - placed / (latents * tables))

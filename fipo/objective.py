@@ -1,0 +1,114 @@
+"""The objective, one pure function a term, added in one place:
+
+    L = L_rec(levels by σ_F) + λ_s · L_sparsity + α · L_aux + λ_o · Ω(dec_FD; σ_F)
+
+Shapes: B tokens, D model width, F latents, P candidate pairs. Inputs are standardised (mean squared norm D) and
+squared errors are averaged over D, so L_rec is about the share of variance left and the weights mean the same at any D.
+Each `Terms` field is already weighted: the logged terms sum to the optimised loss.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Terms(NamedTuple):
+    """The weighted terms of the loss, scalars."""
+
+    reconstruction: Tensor
+    sparsity: Tensor
+    auxiliary: Tensor
+    orthogonality: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """L, what the optimiser sees."""
+        return self.reconstruction + self.sparsity + self.auxiliary + self.orthogonality
+
+
+def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
+    """mean_B ‖x - x̂‖² / D."""
+    return (x_BD - x_hat_BD).pow(2).mean()
+
+
+def nested_reconstructions(
+    codes_BF: Tensor, dec_FD: Tensor, bias_D: Tensor, order_F: Tensor, sizes: Sequence[int], stop_gradient: float
+) -> list[Tensor]:
+    """x̂_1 .. x̂_M, each [B, D]: the sum over the first `sizes[m]` latents of `order_F` (METHOD 4b).
+
+    x̂_m = s·sg(x̂_{m-1}) + (1-s)·x̂_{m-1} + codes_m dec_m. The values do not depend on s; the gradient does: with s = 0
+    later levels pull at earlier latents (Matryoshka, Bussmann et al. 2025), with s = 1 each level learns only what the
+    more important ones left. `order_F` ranks the latents, most important first; nothing is permuted in the model.
+    """
+    sorted_codes_BF, sorted_dec_FD = codes_BF[:, order_F], dec_FD[order_F]
+    x_hat_BD, levels = bias_D.expand(codes_BF.shape[0], -1), []
+    for start, end in zip([0, *sizes], sizes, strict=False):
+        kept_BD = x_hat_BD if stop_gradient == 0 else torch.lerp(x_hat_BD, x_hat_BD.detach(), stop_gradient)
+        x_hat_BD = kept_BD + sorted_codes_BF[:, start:end] @ sorted_dec_FD[start:end]
+        levels.append(x_hat_BD)
+    return levels
+
+
+def auxiliary(residual_BD: Tensor, pre_BF: Tensor, dead_F: Tensor, dec_FD: Tensor, k: int) -> Tensor:
+    """Share of the residual that the dead latents fail to explain with their k largest pre-activations
+    (AuxK, Gao et al. 2024, section A.2; codes are rectified here). 0 when no latent is dead."""
+    latents = dead_F.nonzero().squeeze(1)
+    if latents.numel() == 0:
+        return torch.zeros((), device=pre_BF.device)
+    dead_pre_BF = pre_BF[:, latents]
+    values_BK, chosen_BK = dead_pre_BF.topk(min(k, latents.numel()), dim=-1, sorted=False)
+    codes_BF = torch.zeros_like(dead_pre_BF).scatter(-1, chosen_BK, values_BK.relu())
+    target_BD = residual_BD.detach()
+    error = squared_error(target_BD, codes_BF @ dec_FD[latents])
+    return error / target_BD.pow(2).mean().clamp_min(1e-12)
+
+
+def orthogonality(
+    dec_FD: Tensor,
+    sigma_F: Tensor,
+    pairs_P2: Tensor,
+    *,
+    estimator: str = "max",
+    yields: str = "less_important",
+    margin: float = 0.0,
+    probability: Callable[[Tensor], Tensor] | None = None,
+    held_FD: Tensor | None = None,
+) -> Tensor:
+    """Ω: what the latents share with more important ones, per latent (METHOD section 4).
+
+    For a pair (i, j) the latent j pays  ω_ij · max(cos(d_j, sg d_i) - margin, 0)²  with ω_ij = σ_i / (σ_i + σ_j): the
+    more important i is, the more firmly it holds its direction and j yields. ω is free of units and of F. With
+    `less_important` only the less important of a pair pays, as in Gram-Schmidt by importance; with `both` each pays its
+    own share. A latent's payments are reduced by `max` or `sum`, or by `unbiased`: the sum with every pair weighted by
+    1 / `probability`(cos), its chance of being a candidate, which estimates the sum over all pairs. Ω is the mean over
+    the F latents. Anti-parallel rows do not compete for the same tokens and pay nothing.
+
+    `dec_FD` has any row norms; `held_FD` are the rows that hold (default: `dec_FD`, detached). No pair: exactly 0.
+    """
+    held_FD = dec_FD.detach() if held_FD is None else held_FD
+    first_P, second_P = pairs_P2.unbind(1)
+    swap_P = sigma_F[second_P] > sigma_F[first_P]
+    upper_P, lower_P = torch.where(swap_P, second_P, first_P), torch.where(swap_P, first_P, second_P)
+    tiny = torch.finfo(sigma_F.dtype).tiny
+    share_P = (sigma_F[upper_P] + tiny) / (sigma_F[upper_P] + sigma_F[lower_P] + 2 * tiny)
+    unit_FD, unit_held_FD = _unit(dec_FD), _unit(held_FD)
+
+    def payments(payer_P: Tensor, holder_P: Tensor, share_P: Tensor) -> Tensor:
+        cos_P = (unit_FD[payer_P] * unit_held_FD[holder_P]).sum(1)
+        cost_P = share_P * (cos_P - margin).relu().pow(2)
+        return cost_P / probability(cos_P.detach()) if estimator == "unbiased" and probability else cost_P
+
+    payer_P, cost_P = lower_P, payments(lower_P, upper_P, share_P)
+    if yields == "both":
+        payer_P = torch.cat([payer_P, upper_P])
+        cost_P = torch.cat([cost_P, payments(upper_P, lower_P, 1 - share_P)])
+    paid_F = torch.zeros(dec_FD.shape[0], dtype=cost_P.dtype, device=cost_P.device)
+    if estimator == "max":
+        return paid_F.scatter_reduce(0, payer_P, cost_P, "amax").mean()
+    return paid_F.index_add(0, payer_P, cost_P).mean()
+
+
+def _unit(rows_FD: Tensor) -> Tensor:
+    return rows_FD / rows_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -1,0 +1,34 @@
+"""Revival of dead latents from the activation reservoir (METHOD section 2).
+
+The reservoir holds tokens that were reconstructed badly. A latent that has been silent too long becomes the detector
+of one of them: decoder row and encoder column take its direction, the encoder scaled to the live latents, and the
+Adam moments of both are cleared, since they belong to the old direction. After Bricken et al. 2023 ("neuron
+resampling"), with the reservoir in place of one batch. Shapes: B tokens, D model width, F latents, R slots.
+"""
+
+import torch
+from torch import Tensor
+
+from fipo.sae import SAE
+
+
+@torch.no_grad()
+def revive(
+    sae: SAE, optimizer: torch.optim.Optimizer, dead_F: Tensor, candidates_RD: Tensor, encoder_scale: float
+) -> int:
+    """Point the dead latents at the first of `candidates_RD` (standardised inputs); returns how many were revived."""
+    latents = dead_F.nonzero().squeeze(1)[: candidates_RD.shape[0]]
+    if latents.numel() == 0:
+        return 0
+    inputs_ND = candidates_RD[: latents.shape[0]]
+    unit_ND = inputs_ND / inputs_ND.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    live_F = ~dead_F
+    norm = sae.enc_DF[:, live_F].norm(dim=0).mean() if live_F.any() else sae.enc_DF.norm(dim=0).mean()
+    sae.dec_FD[latents] = unit_ND
+    sae.enc_DF[:, latents] = encoder_scale * norm * unit_ND.T
+    sae.enc_bias_F[latents] = 0.0
+    for parameter, dimension in ((sae.dec_FD, 0), (sae.enc_DF, 1), (sae.enc_bias_F, 0)):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in optimizer.state[parameter]:
+                optimizer.state[parameter][moment].index_fill_(dimension, latents, 0.0)
+    return latents.numel()

@@ -1,0 +1,68 @@
+"""From the name of a run folder to its config.
+
+Three layers, later ones win key by key: `experiments/base.yaml`, the run's own file (`run_3.yaml` for a folder whose
+last name is `run_3`), and a `config.yaml` already in the folder. The workload comes from `FIPO_WORKLOAD` (default
+`minilm`) unless the folder's config names it; its fields can be overridden under `workload:`. A section set to null is
+off. The config as resolved is what the run folder keeps, and a resumed run reads only that.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fipo.config import RunConfig, from_dict, to_dict
+from fipo.errors import UserError
+from fipo.files import write_text
+from fipo.workloads import find_workload
+
+
+def resolve(out_dir: Path, experiments: Path) -> RunConfig:
+    """The config of the run in `out_dir`; `experiments` is the folder of the run files."""
+    own = out_dir / "config.yaml"
+    given = read_yaml(own) if own.is_file() else {}
+    run = str(given.get("run", out_dir.name))
+    file = experiments / f"{run}.yaml"
+    known = sorted(path.stem for path in experiments.glob("run_*.yaml"))
+    if not file.is_file():
+        raise UserError(
+            f"run {run!r} is unknown; the folder's last name must be one of {', '.join(known)}, or its config.yaml "
+            "must name one under `run:`"
+        )
+    values = merge(merge(read_yaml(experiments / "base.yaml"), read_yaml(file)), given)
+    overrides = values.pop("workload", {}) or {}
+    if not isinstance(overrides, dict):
+        overrides = {"name": overrides}
+    workload = find_workload(str(overrides.get("name") or os.environ.get("FIPO_WORKLOAD") or "minilm"))
+    values |= {"run": run, "workload": merge(to_dict(workload), overrides)}
+    return from_dict(RunConfig, values)
+
+
+def save(config: RunConfig, out_dir: Path) -> None:
+    """Write the resolved config where `resolve` finds it again."""
+    import yaml
+
+    write_text(out_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`; mappings merge key by key, everything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file; plain values only, tags are refused."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path} is not readable YAML: {error}") from error
+    if not isinstance(values or {}, dict):
+        raise UserError(f"{path} holds {type(values).__name__}; expected a mapping of keys to values")
+    return values or {}

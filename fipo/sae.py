@@ -1,0 +1,84 @@
+"""The sparse autoencoder.
+
+    x = (acts - mean) · scale             standardise: zero mean, mean squared norm D
+    a = act(x enc + enc_bias)             codes, non-negative and sparse
+    x̂ = a dec + dec_bias                  decoder rows are the dictionary, of unit norm
+
+Shapes: B tokens, D width of the model activation, F latents. The decoder's unit norm is a choice of gauge: the loss
+weighs codes by ‖dec_F‖, so scaling a row and its encoder column against each other changes nothing; we fix the scale
+at 1 after every step. There is no `x - dec_bias` before the encoder (mean-centring does that work, and it would cost a
+matrix product in the backward pass).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fipo.activations import Activation
+
+
+class SAE(nn.Module):
+    """One dictionary for one layer. The activation is a part passed in (fipo.activations)."""
+
+    mean_D: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, d_in: int, latents: int, activation: Activation, *, gain: float = 1.0, generator: torch.Generator
+    ) -> None:
+        """Random unit decoder rows; the encoder is their transpose times `gain`."""
+        super().__init__()
+        dec_FD = torch.randn(latents, d_in, generator=generator)
+        dec_FD /= dec_FD.norm(dim=1, keepdim=True)
+        self.dec_FD = nn.Parameter(dec_FD)
+        self.enc_DF = nn.Parameter(gain * dec_FD.T.contiguous())
+        self.enc_bias_F = nn.Parameter(torch.zeros(latents))
+        self.dec_bias_D = nn.Parameter(torch.zeros(d_in))
+        self.activation = activation
+        self.register_buffer("mean_D", torch.zeros(d_in))
+        self.register_buffer("scale", torch.ones(()))
+
+    @property
+    def d_in(self) -> int:
+        """D, the width of the model activation."""
+        return self.dec_FD.shape[1]
+
+    @property
+    def latents(self) -> int:
+        """F, the dictionary size."""
+        return self.dec_FD.shape[0]
+
+    def standardise(self, acts_BD: Tensor) -> Tensor:
+        """Model activations [B, D] in float32, mean-centred, of mean squared norm D."""
+        return (acts_BD.float() - self.mean_D) * self.scale
+
+    def pre_codes(self, x_BD: Tensor) -> Tensor:
+        """Pre-activations [B, F] of standardised input."""
+        return x_BD @ self.enc_DF + self.enc_bias_F
+
+    def reconstruct(self, codes_BF: Tensor) -> Tensor:
+        """Standardised reconstruction [B, D]."""
+        return codes_BF @ self.dec_FD + self.dec_bias_D
+
+    def encode(self, acts_BD: Tensor) -> Tensor:
+        """Codes [B, F] of model activations."""
+        return self.activation(self.pre_codes(self.standardise(acts_BD)))
+
+    def decode(self, codes_BF: Tensor) -> Tensor:
+        """Model activations [B, D] of codes."""
+        return self.reconstruct(codes_BF) / self.scale + self.mean_D
+
+    def forward(self, acts_BD: Tensor) -> Tensor:
+        """decode(encode(acts))."""
+        return self.decode(self.encode(acts_BD))
+
+    @torch.no_grad()
+    def normalise_decoder(self) -> None:
+        """Return every decoder row to unit norm (call after each optimiser step)."""
+        self.dec_FD /= self.dec_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+    @torch.no_grad()
+    def project_decoder_gradient(self) -> None:
+        """Take from the decoder's gradient its part along each row, which the next normalisation would undo."""
+        grad_FD = self.dec_FD.grad
+        if grad_FD is not None:
+            grad_FD -= (grad_FD * self.dec_FD).sum(dim=1, keepdim=True) * self.dec_FD

@@ -1,0 +1,82 @@
+"""The `sparse_probing` result in SAEBench's own format (schema of SAEBench 0.6.0).
+
+Key order, key names, null for what was not computed, `_results` behind dataset names: all as SAEBench writes it, so
+its loaders and plots read ours. Values of our own go under further keys, which its schema lets pass.
+"""
+
+import time
+import uuid
+from typing import Any
+
+from fipo.config import RunConfig
+
+SCHEMA_KS = (1, 2, 5, 10, 20, 50, 100)
+PROBED_BY = ("llm", "sae")
+
+
+def sparse_probing_record(
+    config: RunConfig, accuracies: dict[str, dict[str, dict[str, float]]], sae_config: dict[str, Any], commit: str
+) -> dict[str, Any]:
+    """The record of one SAE. `accuracies`: dataset -> metric (`sae_top_1_test_accuracy` ...) -> class -> accuracy."""
+    workload, probing = config.workload, config.workload.probing
+    details = [
+        {"dataset_name": f"{dataset}_results", **_schema({name: _mean(by_class) for name, by_class in metrics.items()})}
+        for dataset, metrics in accuracies.items()
+    ]
+    overall = {
+        name: _mean({entry["dataset_name"]: entry[name] for entry in details})
+        for name in details[0]
+        if name != "dataset_name" and details[0][name] is not None
+    }
+    complete = _schema(overall)
+    metadata = sae_config["metadata"]
+    return {
+        "eval_type_id": "sparse_probing",
+        "eval_config": {
+            "random_seed": config.seed,
+            "dataset_names": list(accuracies),
+            "probe_train_set_size": 2 * probing.train_per_class,
+            "probe_test_set_size": 2 * probing.test_per_class,
+            "context_length": workload.context,
+            "sae_batch_size": 125,
+            "llm_batch_size": None,
+            "llm_dtype": workload.dtype,
+            "model_name": workload.model,
+            "k_values": list(probing.ks),
+            "lower_vram_usage": False,
+        },
+        "eval_id": str(uuid.uuid4()),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        "eval_result_metrics": {
+            who: {name: value for name, value in complete.items() if name.startswith(who)} for who in PROBED_BY
+        },
+        "eval_result_details": details,
+        "sae_bench_commit_hash": commit,
+        "sae_lens_id": "custom_sae",
+        "sae_lens_release_id": f"fipo_{config.run}_layer_{metadata['hook_layer']}",
+        "sae_lens_version": metadata["sae_lens_version"],
+        "sae_cfg_dict": {
+            **{name: value for name, value in sae_config.items() if name != "metadata"},
+            **metadata,
+            "finetuning_scaling_factor": False,
+            "activation_fn_str": {"standard": "relu"}.get(sae_config["architecture"], sae_config["architecture"]),
+            "dataset_trust_remote_code": False,
+            "training_tokens": workload.steps * workload.batch_tokens,
+        },
+        "eval_result_unstructured": {f"{dataset}_results": metrics for dataset, metrics in accuracies.items()},
+    }
+
+
+def metric_name(who: str, k: int | None) -> str:
+    """`llm_top_1_test_accuracy`, or `llm_test_accuracy` for the probe on everything (k None)."""
+    return f"{who}_test_accuracy" if k is None else f"{who}_top_{k}_test_accuracy"
+
+
+def _schema(values: dict[str, float]) -> dict[str, float | None]:
+    """All names of the schema in its order; None for what was not computed."""
+    names = [metric_name(who, k) for who in PROBED_BY for k in (None, *SCHEMA_KS)]
+    return {name: values.get(name) for name in names}
+
+
+def _mean(values: dict[str, float]) -> float:
+    return sum(values.values()) / len(values)

@@ -1,0 +1,251 @@
+"""The training step: the one place where importance, reservoir, LSH and penalty meet.
+
+`TrainState` is everything that may influence the next step; `train_step` is the only thing that changes it. Shapes:
+B tokens, D model width, F latents, P candidate pairs.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fipo import lsh, objective
+from fipo.activations import build_activation
+from fipo.config import RunConfig
+from fipo.errors import UserError
+from fipo.importance import ImportanceEMA
+from fipo.objective import Terms
+from fipo.randomness import generator_for
+from fipo.reservoir import PriorityReservoir
+from fipo.revival import revive
+from fipo.sae import SAE
+
+
+@dataclass
+class TrainState:
+    """One SAE in training. Whatever is not in here (or in the stream of activations) has no influence on the result."""
+
+    config: RunConfig
+    sae: SAE
+    optimizer: torch.optim.Optimizer
+    importance: ImportanceEMA
+    reservoir: PriorityReservoir | None
+    pairs_P2: Tensor
+    generator: torch.Generator
+    step: int = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole state as flat tensors."""
+        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
+        for name, parameter in self.sae.named_parameters():
+            for moment, value in self.optimizer.state[parameter].items():
+                tensors[f"adam.{name}.{moment}"] = value
+        tensors |= {f"importance.{name}": value for name, value in self.importance.state_dict().items()}
+        if self.reservoir is not None:
+            tensors |= {f"reservoir.{name}": value for name, value in self.reservoir.state_dict().items()}
+        counters = {"pairs_P2": self.pairs_P2, "step": torch.tensor(self.step)}
+        return tensors | counters | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` gave, in place."""
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        self.sae.load_state_dict(part("sae."))
+        for name, parameter in self.sae.named_parameters():
+            self.optimizer.state[parameter] = {
+                moment: value.clone() for moment, value in part(f"adam.{name}.").items()
+            }
+        self.importance.load_state_dict(part("importance."))
+        if self.reservoir is not None:
+            self.reservoir.load_state_dict(part("reservoir."))
+        self.pairs_P2 = tensors["pairs_P2"].to(self.pairs_P2.device)
+        self.step = int(tensors["step"])
+        self.generator.set_state(tensors["generator"].cpu())
+
+
+class StepReport(NamedTuple):
+    """What one step measured, all of it a by-product of the step; tensors, so that no step waits for the host."""
+
+    terms: Terms
+    fvu: Tensor
+    l0: Tensor
+
+
+def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, device: str = "cpu") -> TrainState:
+    """A fresh state for one layer, whose activations have the given mean and scale to mean squared norm D."""
+    workload, width = config.workload, mean_D.shape[0]
+    activation = build_activation(config.architecture, workload.latents, workload.k)
+    # With half of F random latents active, x̂ ≈ gain · F / (2 D) · x: start the dense architectures at x̂ ≈ x.
+    gain = 1.0 if config.architecture in ("topk", "batchtopk") else min(1.0, 2 * width / workload.latents)
+    sae = SAE(width, workload.latents, activation, gain=gain, generator=generator_for(config.seed, "init", layer))
+    sae.mean_D.copy_(mean_D)
+    sae.scale.fill_(scale)
+    sae.to(device)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, betas=config.optimiser.betas, fused=True)
+    settings = config.importance
+    importance = ImportanceEMA(
+        workload.latents,
+        decay=settings.decay if settings else 0.999,
+        norm=settings.norm if settings else "l1",
+        device=device,
+    )
+    importance.attach(sae.activation)
+    reservoir = None
+    if config.reservoir is not None:
+        half_life = config.reservoir.half_life_steps
+        reservoir = PriorityReservoir(config.reservoir.slots, (width,), half_life=half_life, device=device)
+    return TrainState(
+        config=config,
+        sae=sae,
+        optimizer=optimizer,
+        importance=importance,
+        reservoir=reservoir,
+        pairs_P2=torch.zeros(0, 2, dtype=torch.int64, device=device),
+        generator=generator_for(config.seed, "train", layer, device=device),
+    )
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Linear warm-up, constant, linear decay to 0 over the last steps."""
+    steps, schedule = config.workload.steps, config.optimiser
+    falling = (steps - step) / max(1.0, schedule.decay * steps)
+    return config.workload.learning_rate * min(1.0, penalty_share(config, step), falling)
+
+
+def penalty_share(config: RunConfig, step: int) -> float:
+    """Share of λ_s and λ_o that is in force: rises from 0 to 1 over the warm-up."""
+    return min(1.0, (step + 1) / max(1.0, config.optimiser.warmup * config.workload.steps))
+
+
+def decoder_only(config: RunConfig, step: int) -> bool:
+    """Is this step in the last phase, in which the decoder alone learns?"""
+    levels = config.levels
+    return levels is not None and step >= round((1 - levels.decoder_only) * config.workload.steps)
+
+
+def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
+    """One step on model activations [B, D]: the only mutator of `state`."""
+    config, sae, settings = state.config, state.sae, state.config.optimiser
+    frozen = decoder_only(config, state.step)
+    refresh_pairs(state)
+    sae.train()
+    x_BD = sae.standardise(acts_BD)
+    with torch.autocast(x_BD.device.type, dtype=torch.bfloat16, enabled=settings.autocast):
+        with torch.set_grad_enabled(not frozen):
+            pre_BF = sae.pre_codes(x_BD)
+            codes_BF = sae.activation(pre_BF)
+        terms, x_hat_BD = loss_terms(state, x_BD, pre_BF, codes_BF, frozen)
+    check_finite(state, terms)
+    state.optimizer.zero_grad()
+    terms.total.backward()
+    sae.project_decoder_gradient()
+    torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(config, state.step)
+    state.optimizer.step()
+    sae.normalise_decoder()
+    with torch.no_grad():
+        error_B = (x_BD - x_hat_BD).pow(2).sum(1)
+        state.importance.commit()
+        sae.activation.observe(codes_BF)
+        revive_dead(state, x_BD, error_B)
+        report = StepReport(
+            Terms(*(term.detach() for term in terms)),
+            fvu=error_B.sum() / x_BD.pow(2).sum(),
+            l0=(codes_BF > 0).sum() / x_BD.shape[0],
+        )
+    state.step += 1
+    return report
+
+
+def loss_terms(
+    state: TrainState, x_BD: Tensor, pre_BF: Tensor, codes_BF: Tensor, frozen: bool
+) -> tuple[Terms, Tensor]:
+    """L = L_rec + λ_s L_sparsity + α L_aux + λ_o Ω, each weighted, and the full reconstruction x̂ [B, D].
+
+    In the last phase (`frozen`) the codes are constants: only the plain reconstruction and Ω are left.
+    """
+    config, sae, workload = state.config, state.sae, state.config.workload
+    share = penalty_share(config, state.step)
+    nothing = torch.zeros((), device=x_BD.device)
+    if config.levels is None or frozen:
+        levels = [sae.reconstruct(codes_BF)]
+    else:
+        sizes = [max(1, round(part * sae.latents)) for part in config.levels.shares]
+        levels = objective.nested_reconstructions(
+            codes_BF, sae.dec_FD, sae.dec_bias_D, level_order(state), sizes, config.levels.stop_gradient
+        )
+    x_hat_BD = levels[-1]
+    sparsity, auxiliary, orthogonality = nothing, nothing, nothing
+    if not frozen and workload.sparsity_penalty > 0:
+        sparsity = workload.sparsity_penalty * share * sae.activation.sparsity(pre_BF, codes_BF, sae.dec_FD)
+    if not frozen and config.aux_weight > 0:
+        dead_F = state.importance.silent_tokens_F >= workload.dead_tokens
+        auxiliary = config.aux_weight * objective.auxiliary(
+            x_BD - x_hat_BD, pre_BF, dead_F, sae.dec_FD, max(1, sae.d_in // 2)
+        )
+    if config.penalty is not None and config.lsh is not None:
+        tables, bits = config.lsh.tables, config.lsh.bits
+        orthogonality = config.penalty.weight * share * objective.orthogonality(
+            sae.dec_FD,
+            state.importance.values(),
+            state.pairs_P2,
+            estimator=config.penalty.estimator,
+            yields=config.penalty.yields,
+            margin=config.penalty.margin,
+            probability=lambda cos: lsh.collision_probability(cos, tables, bits),
+        )
+    reconstruction = torch.stack([objective.squared_error(x_BD, level_BD) for level_BD in levels]).mean()
+    return Terms(reconstruction, sparsity, auxiliary, orthogonality), x_hat_BD
+
+
+def level_order(state: TrainState) -> Tensor:
+    """The latents from first level to last, [F]: by index, or by σ, largest first."""
+    if state.config.levels is not None and state.config.levels.order == "importance":
+        return state.importance.values().argsort(descending=True, stable=True)
+    return torch.arange(state.sae.latents, device=state.sae.dec_FD.device)
+
+
+def refresh_pairs(state: TrainState) -> None:
+    """Every n steps: mine the candidate pairs anew, with new planes."""
+    settings = state.config.lsh
+    if settings is None or state.step % settings.refresh_every:
+        return
+    state.pairs_P2 = lsh.candidate_pairs(
+        state.sae.dec_FD.detach(),
+        state.importance.values(),
+        tables=settings.tables,
+        bits=settings.bits,
+        capacity=settings.capacity,
+        min_cosine=settings.min_cosine,
+        generator=state.generator,
+        autocast=settings.autocast,
+    ).pairs_P2
+
+
+def revive_dead(state: TrainState, x_BD: Tensor, error_B: Tensor) -> None:
+    """Offer the tokens to the reservoir by reconstruction error; every n steps revive dead latents from it."""
+    settings, config = state.config.reservoir, state.config
+    if settings is None or state.reservoir is None:
+        return
+    state.reservoir.offer(x_BD, error_B, state.generator)
+    late = state.step >= 0.8 * config.workload.steps or decoder_only(config, state.step)
+    if late or (state.step + 1) % settings.revive_every:
+        return
+    dead_F = state.importance.silent_tokens_F >= config.workload.dead_tokens
+    revive(state.sae, state.optimizer, dead_F, state.reservoir.contents(), settings.encoder_scale)
+    state.importance.silent_tokens_F[dead_F] = 0
+
+
+def check_finite(state: TrainState, terms: Terms) -> None:
+    """Stop before the update when the loss is not a finite number."""
+    if torch.isfinite(terms.total):
+        return
+    culprits = [name for name, term in terms._asdict().items() if not torch.isfinite(term)]
+    raise UserError(
+        f"step {state.step}: the loss is not finite ({', '.join(culprits)}); the weights were not updated; "
+        "lower workload.learning_rate, or look for extreme activations in this layer"
+    )
