@@ -14,7 +14,9 @@ from fipo.errors import EXIT_CODE, UserError
 def main() -> int:
     """Run, or say in one line why not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out_dir", type=Path, required=True, help="result folder; its last name is the run, run_0 ...")
+    parser.add_argument(
+        "--out_dir", type=Path, required=True, help="result folder; its last name is the run, run_0 ..."
+    )
     arguments = parser.parse_args()
     try:
         from fipo import job

@@ -1,7 +1,7 @@
 """The four activations a_F = act(pre_F): the part of an SAE that makes its codes sparse.
 
     relu       a = max(pre, 0)                          sparsity: L1, the norm of a decoder row as the unit of its code
-    topk       the K largest of a token                 sparsity: by construction (Makhzani & Frey 2013; Gao et al. 2024)
+    topk       the K largest of a token                 sparsity: by construction (Gao et al. 2024)
     batchtopk  the K B largest of a batch; one learned  sparsity: by construction (Bussmann et al. 2024)
                threshold at inference
     jumprelu   a = pre 1[pre > θ], θ learned            sparsity: L0 by a straight-through estimate
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 class Activation(nn.Module):
     """What every activation offers besides `forward(pre_BF) -> codes_BF`."""
+
+    sparse = False
+    """Are codes few by construction, so that decoding had better gather rows than multiply matrices?"""
 
     def sparsity(self, pre_BF: Tensor, codes_BF: Tensor, dec_FD: Tensor) -> Tensor:
         """L_sparsity of a batch; 0 where the activation itself sets the budget."""
@@ -42,6 +45,8 @@ class ReLU(Activation):
 class TopK(Activation):
     """The k largest positive pre-activations of each token."""
 
+    sparse = True
+
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = k
@@ -59,6 +64,7 @@ class BatchTopK(Activation):
     only by `observe`.
     """
 
+    sparse = True
     threshold: Tensor
     _weight: Tensor
 
@@ -72,8 +78,10 @@ class BatchTopK(Activation):
     def forward(self, pre_BF: Tensor) -> Tensor:
         """Codes [B, F]."""
         if self.training:
-            return pre_BF.relu() * (pre_BF >= self._boundary(pre_BF.detach()))
-        return pre_BF.relu() * (pre_BF > self.threshold)
+            keep_BF = pre_BF >= self._boundary(pre_BF.detach()).clamp_min(0)
+        else:
+            keep_BF = pre_BF > self.threshold
+        return torch.where(keep_BF, pre_BF, 0)
 
     def _boundary(self, pre_BF: Tensor) -> Tensor:
         """The (k B)-th largest value. Values far below the running threshold cannot matter, so they are sorted out
@@ -84,11 +92,11 @@ class BatchTopK(Activation):
             candidates = pre_BF.flatten()
         return candidates.topk(count, sorted=False).values.min()
 
+    @torch.no_grad()
     def observe(self, codes_BF: Tensor) -> None:
         """Let the inference threshold learn from one training batch's codes."""
-        codes_BF = codes_BF.detach()
-        smallest = torch.where(codes_BF > 0, codes_BF, torch.inf).min().float()
-        smallest = torch.where(smallest.isfinite(), smallest, 0.0)
+        kept = codes_BF[codes_BF > 0]
+        smallest = kept.min().float() if kept.numel() else self.threshold.new_zeros(())
         mean = self.threshold * self._weight
         self._weight.copy_(self.decay * self._weight + (1 - self.decay))
         self.threshold.copy_((self.decay * mean + (1 - self.decay) * smallest) / self._weight)

@@ -1,25 +1,15 @@
 """What a run is: frozen, validated records, and nothing that a run depends on outside them.
 
 A `RunConfig` is a workload (which model, layers, text and sizes) and a method (which parts of FIPO are on). A part of
-the method that is `None` is off. `from_dict` is strict: an unknown key, a wrong type or an impossible value is a
-`UserError` that names the key, the value and what was expected.
+the method that is `None` is off. Built from plain values by `fipo.records.from_dict`, which is strict.
 """
 
 import dataclasses
 import math
-import types
-import typing
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from fipo.errors import UserError
-
-T = TypeVar("T")
-
-
-def _require(condition: bool, key: str, given: Any, expected: str) -> None:
-    if not condition:
-        raise UserError(f"config: {key} is {given!r}; expected {expected}")
+from fipo.records import require
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,10 +36,10 @@ class Text:
     """Size of the shuffle buffer."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.source), "text.source", self.source, "a dataset id, a path or a built-in source")
-        _require(self.tokens > 0, "text.tokens", self.tokens, "a positive number of tokens")
-        _require(self.held_out_tokens > 0, "text.held_out_tokens", self.held_out_tokens, "a positive number of tokens")
-        _require(self.buffer_tokens > 0, "text.buffer_tokens", self.buffer_tokens, "a positive number of tokens")
+        require(bool(self.source), "text.source", self.source, "a dataset id, a path or a built-in source")
+        require(self.tokens > 0, "text.tokens", self.tokens, "a positive number of tokens")
+        require(self.held_out_tokens > 0, "text.held_out_tokens", self.held_out_tokens, "a positive number of tokens")
+        require(self.buffer_tokens > 0, "text.buffer_tokens", self.buffer_tokens, "a positive number of tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +56,10 @@ class Probing:
     """Numbers of latents a probe may use."""
 
     def __post_init__(self) -> None:
-        _require(len(self.datasets) > 0, "probing.datasets", self.datasets, "at least one dataset")
-        _require(len(self.ks) > 0 and min(self.ks) > 0, "probing.ks", self.ks, "positive numbers of latents")
-        _require(self.train_per_class > 1, "probing.train_per_class", self.train_per_class, "at least 2 texts")
-        _require(self.test_per_class > 1, "probing.test_per_class", self.test_per_class, "at least 2 texts")
+        require(len(self.datasets) > 0, "probing.datasets", self.datasets, "at least one dataset")
+        require(len(self.ks) > 0 and min(self.ks) > 0, "probing.ks", self.ks, "positive numbers of latents")
+        require(self.train_per_class > 1, "probing.train_per_class", self.train_per_class, "at least 2 texts")
+        require(self.test_per_class > 1, "probing.test_per_class", self.test_per_class, "at least 2 texts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,30 +98,30 @@ class Workload:
     """A latent silent for so many training tokens is dead."""
 
     def __post_init__(self) -> None:
-        _require(len(self.layers) > 0, "workload.layers", self.layers, "at least one layer")
-        _require(min(self.layers) >= 0, "workload.layers", self.layers, "layer numbers from 0")
-        _require(len(set(self.layers)) == len(self.layers), "workload.layers", self.layers, "each layer once")
-        _require(self.context > 2, "workload.context", self.context, "more than 2 tokens")
-        _require(self.latents > 0, "workload.latents (F)", self.latents, "a positive number of latents")
-        _require(self.k > 0, "workload.k", self.k, "a positive number of active latents")
-        _require(self.k <= self.latents, "workload.k", self.k, f"at most workload.latents = {self.latents}")
-        _require(
+        require(len(self.layers) > 0, "workload.layers", self.layers, "at least one layer")
+        require(min(self.layers) >= 0, "workload.layers", self.layers, "layer numbers from 0")
+        require(len(set(self.layers)) == len(self.layers), "workload.layers", self.layers, "each layer once")
+        require(self.context > 2, "workload.context", self.context, "more than 2 tokens")
+        require(self.latents > 0, "workload.latents (F)", self.latents, "a positive number of latents")
+        require(self.k > 0, "workload.k", self.k, "a positive number of active latents")
+        require(self.k <= self.latents, "workload.k", self.k, f"at most workload.latents = {self.latents}")
+        require(
             max(self.probing.ks) <= self.latents,
             "workload.probing.ks",
             self.probing.ks,
             f"at most workload.latents = {self.latents}",
         )
-        _require(self.sparsity_penalty >= 0, "workload.sparsity_penalty", self.sparsity_penalty, "zero or more")
-        _require(self.learning_rate > 0, "workload.learning_rate", self.learning_rate, "a positive rate")
-        _require(self.batch_tokens > 0, "workload.batch_tokens", self.batch_tokens, "a positive number of tokens")
-        _require(self.dead_tokens > 0, "workload.dead_tokens", self.dead_tokens, "a positive number of tokens")
-        _require(
+        require(self.sparsity_penalty >= 0, "workload.sparsity_penalty", self.sparsity_penalty, "zero or more")
+        require(self.learning_rate > 0, "workload.learning_rate", self.learning_rate, "a positive rate")
+        require(self.batch_tokens > 0, "workload.batch_tokens", self.batch_tokens, "a positive number of tokens")
+        require(self.dead_tokens > 0, "workload.dead_tokens", self.dead_tokens, "a positive number of tokens")
+        require(
             self.train_tokens >= self.batch_tokens,
             "workload.train_tokens",
             self.train_tokens,
             f"at least one batch ({self.batch_tokens} tokens), since a run of zero steps is no result",
         )
-        _require(
+        require(
             self.text.buffer_tokens >= self.batch_tokens,
             "workload.text.buffer_tokens",
             self.text.buffer_tokens,
@@ -154,7 +144,7 @@ class Importance:
     """Norm over the batch: l1 is mean |a|, l2 the root mean square."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.decay < 1, "importance.decay", self.decay, "a decay from 0 to below 1")
+        require(0 <= self.decay < 1, "importance.decay", self.decay, "a decay from 0 to below 1")
 
     def half_life_tokens(self, batch_tokens: int) -> float:
         """Tokens after which a past batch counts half."""
@@ -175,10 +165,10 @@ class Reservoir:
     """Norm of a revived encoder column, in units of the mean norm of the live ones."""
 
     def __post_init__(self) -> None:
-        _require(self.slots > 0, "reservoir.slots", self.slots, "a positive number of slots")
-        _require(self.half_life_steps > 0, "reservoir.half_life_steps", self.half_life_steps, "a positive number")
-        _require(self.revive_every > 0, "reservoir.revive_every", self.revive_every, "a positive number of steps")
-        _require(self.encoder_scale > 0, "reservoir.encoder_scale", self.encoder_scale, "a positive factor")
+        require(self.slots > 0, "reservoir.slots", self.slots, "a positive number of slots")
+        require(self.half_life_steps > 0, "reservoir.half_life_steps", self.half_life_steps, "a positive number")
+        require(self.revive_every > 0, "reservoir.revive_every", self.revive_every, "a positive number of steps")
+        require(self.encoder_scale > 0, "reservoir.encoder_scale", self.encoder_scale, "a positive factor")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,11 +189,11 @@ class LSH:
     """Project under torch.autocast in bfloat16."""
 
     def __post_init__(self) -> None:
-        _require(self.tables > 0, "lsh.tables", self.tables, "a positive number of tables")
-        _require(0 < self.bits <= 24, "lsh.bits", self.bits, "1 to 24 bits")
-        _require(self.capacity > 1, "lsh.capacity", self.capacity, "room for at least one pair")
-        _require(0 <= self.min_cosine < 1, "lsh.min_cosine", self.min_cosine, "a cosine from 0 to below 1")
-        _require(self.refresh_every > 0, "lsh.refresh_every", self.refresh_every, "a positive number of steps")
+        require(self.tables > 0, "lsh.tables", self.tables, "a positive number of tables")
+        require(0 < self.bits <= 24, "lsh.bits", self.bits, "1 to 24 bits")
+        require(self.capacity > 1, "lsh.capacity", self.capacity, "room for at least one pair")
+        require(0 <= self.min_cosine < 1, "lsh.min_cosine", self.min_cosine, "a cosine from 0 to below 1")
+        require(self.refresh_every > 0, "lsh.refresh_every", self.refresh_every, "a positive number of steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,8 +210,8 @@ class Penalty:
     """Cosine that costs nothing."""
 
     def __post_init__(self) -> None:
-        _require(self.weight >= 0, "penalty.weight", self.weight, "zero or more")
-        _require(0 <= self.margin < 1, "penalty.margin", self.margin, "a cosine from 0 to below 1")
+        require(self.weight >= 0, "penalty.weight", self.weight, "zero or more")
+        require(0 <= self.margin < 1, "penalty.margin", self.margin, "a cosine from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,11 +229,9 @@ class Levels:
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip((0.0, *self.shares), self.shares, strict=False))
-        _require(
-            rising and self.shares[-1:] == (1.0,), "levels.shares", self.shares, "rising shares that end in 1.0"
-        )
-        _require(0 <= self.stop_gradient <= 1, "levels.stop_gradient", self.stop_gradient, "a strength from 0 to 1")
-        _require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
+        require(rising and self.shares[-1:] == (1.0,), "levels.shares", self.shares, "rising shares that end in 1.0")
+        require(0 <= self.stop_gradient <= 1, "levels.stop_gradient", self.stop_gradient, "a strength from 0 to 1")
+        require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,15 +250,15 @@ class Optimiser:
     """Run the matrix products in bfloat16 (weights, moments, losses and statistics stay float32)."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.warmup <= 1, "optimiser.warmup", self.warmup, "a share from 0 to 1")
-        _require(0 <= self.decay <= 1, "optimiser.decay", self.decay, "a share from 0 to 1")
-        _require(
+        require(0 <= self.warmup <= 1, "optimiser.warmup", self.warmup, "a share from 0 to 1")
+        require(0 <= self.decay <= 1, "optimiser.decay", self.decay, "a share from 0 to 1")
+        require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
             "optimiser.betas",
             self.betas,
             "two decays from 0 to below 1",
         )
-        _require(self.clip > 0, "optimiser.clip", self.clip, "a positive norm")
+        require(self.clip > 0, "optimiser.clip", self.clip, "a positive norm")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,68 +293,20 @@ class RunConfig:
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "seed", self.seed, "zero or more")
-        _require(self.aux_weight >= 0, "aux_weight", self.aux_weight, "zero or more")
-        _require(self.log_every > 0, "log_every", self.log_every, "a positive number of steps")
-        _require(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "a positive number of steps")
-        _require(
+        require(self.seed >= 0, "seed", self.seed, "zero or more")
+        require(self.aux_weight >= 0, "aux_weight", self.aux_weight, "zero or more")
+        require(self.log_every > 0, "log_every", self.log_every, "a positive number of steps")
+        require(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "a positive number of steps")
+        require(
             self.lsh is None or self.importance is not None,
             "lsh",
             "on",
             "importance as well, since queues keep the latents of highest σ",
         )
-        _require(self.penalty is None or self.lsh is not None, "penalty", "on", "lsh as well, which finds its pairs")
-        _require(
+        require(self.penalty is None or self.lsh is not None, "penalty", "on", "lsh as well, which finds its pairs")
+        require(
             self.levels is None or self.levels.order == "fixed" or self.importance is not None,
             "levels.order",
             "importance",
             "the section importance as well",
         )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON or YAML values: tuples become lists."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def from_dict(cls: type[T], values: Any, path: str = "") -> T:
-    """Build the record `cls` from plain values. Strict: unknown keys, missing keys and wrong types are `UserError`s."""
-    _require(isinstance(values, dict), path or "the config", values, "a mapping of keys to values")
-    hints = typing.get_type_hints(cls)
-    for key in values:
-        _require(key in hints, f"{path}{key}", values[key], f"one of the keys {', '.join(hints)}")
-    required = [
-        field.name
-        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    ]
-    for key in required:
-        _require(key in values, f"{path}{key}", None, "a value: it has no default")
-    return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Check `value` against the type `hint`; integers pass as floats, lists as tuples, nothing else is bent."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(arguments[0], value, path)
-    if origin is Literal:
-        _require(isinstance(value, str) and value in arguments, path, value, "one of " + ", ".join(arguments))
-        return value
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), path, value, "a list")
-        return tuple(_convert(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, f"{path}.")
-    if hint is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        _require(number, path, value, "a finite number")
-        return float(value)
-    _require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), path, value, hint.__name__)
-    return value

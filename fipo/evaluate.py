@@ -4,24 +4,24 @@ Token activations come from the activation store, codes are averaged over a text
 Shapes: N texts or tokens, L layers, D model width, F latents.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fipo.config import RunConfig
-from fipo.data.harvest import Chunk, harvest
 from fipo.data.labelled import LabelledText, load_labelled
 from fipo.data.lm import LanguageModel
-from fipo.data.store import ActivationStore, open_or_harvest
+from fipo.data.prepare import probe_activations
+from fipo.data.store import ActivationStore
 from fipo.errors import UserError
 from fipo.export import load_sae
 from fipo.probing import Tasks, full_accuracies, one_vs_rest, sparse_accuracies
 from fipo.progress import progress
 from fipo.randomness import generator_for
-from fipo.saebench import metric_name
 from fipo.sae import SAE
+from fipo.saebench import metric_name
 
 Accuracies = dict[str, dict[str, dict[str, float]]]
 """dataset -> metric -> class -> accuracy"""
@@ -40,7 +40,7 @@ def probe(
     stores = []
     with progress("probe text", sum(len(one.texts) for one in data), "texts") as advance:
         for one in data:
-            stores.append(_store(one, lm))
+            stores.append(probe_activations(one, lm))
             advance(len(one.texts), one.name)
     end_phase("harvest")
     results: dict[int, Accuracies] = {layer: {} for layer in saes}
@@ -52,26 +52,9 @@ def probe(
     return results
 
 
-def _store(data: LabelledText, lm: LanguageModel) -> ActivationStore:
-    key = {
-        "model": lm.weights_hash,
-        "layers": list(lm.layers),
-        "tokenizer": lm.tokenizer_hash,
-        "text": data.fingerprint,
-        "context": lm.context,
-        "packed": False,
-        "dtype": str(lm.dtype),
-    }
-
-    def produce() -> Iterator[Chunk]:
-        yield from harvest(lm, lm.token_rows(data.texts))
-
-    return open_or_harvest(key, produce, None)[0]
-
-
-def _probe_one(config: RunConfig, data: LabelledText, store: ActivationStore, index: int, sae: SAE) -> dict[
-    str, dict[str, float]
-]:
+def _probe_one(
+    config: RunConfig, data: LabelledText, store: ActivationStore, index: int, sae: SAE
+) -> dict[str, dict[str, float]]:
     """All metrics of one dataset and one SAE: metric -> class -> accuracy."""
     llm_ND, sae_NF = pool(store, index, sae, len(data.texts))
     labels, rows = list(data.train), sum(map(len, data.train.values()))
@@ -83,9 +66,7 @@ def _probe_one(config: RunConfig, data: LabelledText, store: ActivationStore, in
     for who, features in (("sae", sae_NF), ("llm", llm_ND)):
         train_NF, test_NF = features[:rows], features[rows:]
         generator = generator_for(config.seed, "full probe", data.name, who)
-        metrics[metric_name(who, None)] = full_accuracies(
-            train_NF, test_NF, tasks["train"], tasks["test"], generator
-        )
+        metrics[metric_name(who, None)] = full_accuracies(train_NF, test_NF, tasks["train"], tasks["test"], generator)
     for who, features in (("llm", llm_ND), ("sae", sae_NF)):
         sparse = sparse_accuracies(
             features[:rows], features[rows:], tasks["train"], tasks["test"], config.workload.probing.ks

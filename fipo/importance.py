@@ -25,7 +25,7 @@ class ImportanceEMA:
         self.weight = torch.zeros((), dtype=torch.float64, device=device)
         self.silent_tokens_F = torch.zeros(latents, dtype=torch.int64, device=device)
         self._sum_F = torch.zeros(latents, device=device)
-        self._fired_F = torch.zeros(latents, device=device)
+        self._largest_F = torch.zeros(latents, device=device)
         self._tokens = 0
 
     def attach(self, activation: nn.Module) -> RemovableHandle:
@@ -39,12 +39,12 @@ class ImportanceEMA:
 
     @torch.no_grad()
     def collect(self, codes_BF: Tensor) -> None:
-        """Add the sums of one batch, or of one part of it."""
+        """Add one batch of non-negative codes, or one part of it."""
         if self.norm == "l1":
-            self._sum_F += codes_BF.abs().sum(0, dtype=torch.float32)
+            self._sum_F += codes_BF.sum(0, dtype=torch.float32)
         else:
             self._sum_F += codes_BF.float().pow(2).sum(0)
-        self._fired_F += (codes_BF != 0).sum(0, dtype=torch.float32)
+        self._largest_F = torch.maximum(self._largest_F, codes_BF.amax(0).float())
         self._tokens += codes_BF.shape[0]
 
     @torch.no_grad()
@@ -53,8 +53,9 @@ class ImportanceEMA:
         tokens = self._tokens
         if dist.is_available() and dist.is_initialized():
             count = torch.tensor([float(tokens)], dtype=torch.float64, device=self._sum_F.device)
-            for collected in (self._sum_F, self._fired_F, count):
-                dist.all_reduce(collected)
+            dist.all_reduce(self._sum_F)
+            dist.all_reduce(self._largest_F, op=dist.ReduceOp.MAX)
+            dist.all_reduce(count)
             tokens = int(count.item())
         if tokens == 0:
             return
@@ -62,9 +63,9 @@ class ImportanceEMA:
         norm_F = norm_F if self.norm == "l1" else norm_F.sqrt()
         self.mean_F.mul_(self.decay).add_(norm_F, alpha=1 - self.decay)
         self.weight.mul_(self.decay).add_(1 - self.decay)
-        self.silent_tokens_F = torch.where(self._fired_F > 0, 0, self.silent_tokens_F + tokens)
+        self.silent_tokens_F = torch.where(self._largest_F > 0, 0, self.silent_tokens_F + tokens)
         self._sum_F.zero_()
-        self._fired_F.zero_()
+        self._largest_F.zero_()
         self._tokens = 0
 
     def values(self) -> Tensor:

@@ -7,7 +7,7 @@ squared errors are averaged over D, so L_rec is about the share of variance left
 Each `Terms` field is already weighted: the logged terms sum to the optimised loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,20 +33,17 @@ def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
     return (x_BD - x_hat_BD).pow(2).mean()
 
 
-def nested_reconstructions(
-    codes_BF: Tensor, dec_FD: Tensor, bias_D: Tensor, order_F: Tensor, sizes: Sequence[int], stop_gradient: float
-) -> list[Tensor]:
-    """x̂_1 .. x̂_M, each [B, D]: the sum over the first `sizes[m]` latents of `order_F` (METHOD 4b).
+def nested_reconstructions(parts_BMD: Tensor, bias_D: Tensor, stop_gradient: float) -> list[Tensor]:
+    """x̂_1 .. x̂_M, each [B, D], from the parts of the levels, most important first (METHOD 4b).
 
-    x̂_m = s·sg(x̂_{m-1}) + (1-s)·x̂_{m-1} + codes_m dec_m. The values do not depend on s; the gradient does: with s = 0
-    later levels pull at earlier latents (Matryoshka, Bussmann et al. 2025), with s = 1 each level learns only what the
-    more important ones left. `order_F` ranks the latents, most important first; nothing is permuted in the model.
+    x̂_m = s·sg(x̂_{m-1}) + (1-s)·x̂_{m-1} + part_m. The values do not depend on s; the gradient does: with s = 0 later
+    levels pull at earlier latents (Matryoshka, Bussmann et al. 2025), with s = 1 each level learns only what the more
+    important ones left.
     """
-    sorted_codes_BF, sorted_dec_FD = codes_BF[:, order_F], dec_FD[order_F]
-    x_hat_BD, levels = bias_D.expand(codes_BF.shape[0], -1), []
-    for start, end in zip([0, *sizes], sizes, strict=False):
+    x_hat_BD, levels = bias_D.expand(parts_BMD.shape[0], -1), []
+    for part_BD in parts_BMD.unbind(1):
         kept_BD = x_hat_BD if stop_gradient == 0 else torch.lerp(x_hat_BD, x_hat_BD.detach(), stop_gradient)
-        x_hat_BD = kept_BD + sorted_codes_BF[:, start:end] @ sorted_dec_FD[start:end]
+        x_hat_BD = kept_BD + part_BD
         levels.append(x_hat_BD)
     return levels
 
@@ -87,13 +84,13 @@ def orthogonality(
 
     `dec_FD` has any row norms; `held_FD` are the rows that hold (default: `dec_FD`, detached). No pair: exactly 0.
     """
-    held_FD = dec_FD.detach() if held_FD is None else held_FD
+    unit_FD = _unit(dec_FD)
+    unit_held_FD = unit_FD.detach() if held_FD is None else _unit(held_FD)
     first_P, second_P = pairs_P2.unbind(1)
     swap_P = sigma_F[second_P] > sigma_F[first_P]
     upper_P, lower_P = torch.where(swap_P, second_P, first_P), torch.where(swap_P, first_P, second_P)
     tiny = torch.finfo(sigma_F.dtype).tiny
     share_P = (sigma_F[upper_P] + tiny) / (sigma_F[upper_P] + sigma_F[lower_P] + 2 * tiny)
-    unit_FD, unit_held_FD = _unit(dec_FD), _unit(held_FD)
 
     def payments(payer_P: Tensor, holder_P: Tensor, share_P: Tensor) -> Tensor:
         cos_P = (unit_FD[payer_P] * unit_held_FD[holder_P]).sum(1)

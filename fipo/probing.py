@@ -117,9 +117,7 @@ def _columns(features_NF: Tensor, rows_TM: Tensor, columns_TK: Tensor) -> Tensor
     return features_NF[rows_TM[:, :, None], columns_TK[:, None, :]]
 
 
-def full_accuracies(
-    train_NF: Tensor, test_NF: Tensor, train: Tasks, test: Tasks, generator: torch.Generator
-) -> Tensor:
+def full_accuracies(train_NF: Tensor, test_NF: Tensor, train: Tasks, test: Tasks, generator: torch.Generator) -> Tensor:
     """Best test accuracy [T] of a linear probe on all features, as SAEBench defines it.
 
     AdamW, rate 0.01, batches of 250, at most 100 epochs; a task stops after 10 epochs without a better test accuracy.

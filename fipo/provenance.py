@@ -47,3 +47,8 @@ def hardware(device: str) -> dict[str, Any]:
         cpu = names[0] if names else cpu
     gpu = torch.cuda.get_device_name() if device.startswith("cuda") else None
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
+
+
+def provenance() -> dict[str, Any]:
+    """What every result file carries beside its config and seed."""
+    return {"git_revision": git_revision(), "versions": versions()}

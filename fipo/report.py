@@ -1,21 +1,16 @@
 """From a run folder's files to the record, the picture and the table. Reads files only; trains nothing."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fipo.config import RunConfig
 from fipo.errors import UserError
 from fipo.files import read_json, replacing
+from fipo.log import read_log
 from fipo.provenance import git_revision
 from fipo.saebench import metric_name, sparse_probing_record
 
 FINAL = "final_info.json"
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of `training_log.jsonl`."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def layer_info(
@@ -54,8 +49,8 @@ def check_is_result(config: RunConfig, layers: dict[int, dict[str, Any]]) -> Non
         ]
         if all(value == 0.5 for value in values):
             raise UserError(
-                f"layer {layer}: every probe of the SAE scores exactly 0.5, so its latents say nothing: all are dead or "
-                "a thousand times too small; lower workload.sparsity_penalty or train longer"
+                f"layer {layer}: every probe of the SAE scores exactly 0.5, so its latents say nothing: all are dead, "
+                "or a thousand times too small; lower workload.sparsity_penalty or train longer"
             )
 
 
@@ -130,8 +125,12 @@ def print_results(out_dir: Path) -> None:
         console.print(
             f"layer {layer}: FVU {record['held_out_fvu']:.3f}, L0 {record['held_out_l0']:.1f}, dead "
             f"{record['dead_share']:.2%}, mean max cosine {record['mean_max_cosine']:.3f}"
-            + (f"   (run_0: FVU {old['held_out_fvu']:.3f}, L0 {old['held_out_l0']:.1f}, mean max cosine "
-               f"{old['mean_max_cosine']:.3f})" if old else "")
+            + (
+                f"   (run_0: FVU {old['held_out_fvu']:.3f}, L0 {old['held_out_l0']:.1f}, mean max cosine "
+                f"{old['mean_max_cosine']:.3f})"
+                if old
+                else ""
+            )
         )
 
 

@@ -27,7 +27,12 @@ class PriorityReservoir:
     """
 
     def __init__(
-        self, slots: int, item_shape: tuple[int, ...], *, half_life: float = math.inf, device: torch.device | str = "cpu"
+        self,
+        slots: int,
+        item_shape: tuple[int, ...],
+        *,
+        half_life: float = math.inf,
+        device: torch.device | str = "cpu",
     ) -> None:
         """`half_life`: offers (steps) after which an item's weight counts half against a new one's."""
         self.rate = math.log(2) / half_life

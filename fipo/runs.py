@@ -10,9 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fipo.config import RunConfig, from_dict, to_dict
+from fipo.config import RunConfig
 from fipo.errors import UserError
 from fipo.files import write_text
+from fipo.records import from_dict, to_dict
 from fipo.workloads import find_workload
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fipo.activations import Activation
+from fipo.decoding import decode
 
 
 class SAE(nn.Module):
@@ -57,7 +58,7 @@ class SAE(nn.Module):
 
     def reconstruct(self, codes_BF: Tensor) -> Tensor:
         """Standardised reconstruction [B, D]."""
-        return codes_BF @ self.dec_FD + self.dec_bias_D
+        return decode(codes_BF, self.dec_FD, sparse=self.activation.sparse) + self.dec_bias_D
 
     def encode(self, acts_BD: Tensor) -> Tensor:
         """Codes [B, F] of model activations."""

@@ -5,7 +5,6 @@ B tokens, D model width, F latents, P candidate pairs.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from fipo import lsh, objective
 from fipo.activations import build_activation
 from fipo.config import RunConfig
+from fipo.decoding import decode_levels
 from fipo.errors import UserError
 from fipo.importance import ImportanceEMA
 from fipo.objective import Terms
@@ -55,9 +55,7 @@ class TrainState:
 
         self.sae.load_state_dict(part("sae."))
         for name, parameter in self.sae.named_parameters():
-            self.optimizer.state[parameter] = {
-                moment: value.clone() for moment, value in part(f"adam.{name}.").items()
-            }
+            self.optimizer.state[parameter] = {moment: value.clone() for moment, value in part(f"adam.{name}.").items()}
         self.importance.load_state_dict(part("importance."))
         if self.reservoir is not None:
             self.reservoir.load_state_dict(part("reservoir."))
@@ -66,12 +64,24 @@ class TrainState:
         self.generator.set_state(tensors["generator"].cpu())
 
 
-class StepReport(NamedTuple):
-    """What one step measured, all of it a by-product of the step; tensors, so that no step waits for the host."""
+@dataclass(frozen=True)
+class StepReport:
+    """What a step leaves to look at. Nothing is computed, and no device waited for, until it is asked."""
 
     terms: Terms
-    fvu: Tensor
-    l0: Tensor
+    x_BD: Tensor
+    x_hat_BD: Tensor
+    codes_BF: Tensor
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of variance unexplained on the batch (standardised input has mean 0 over the data)."""
+        return ((self.x_BD - self.x_hat_BD).pow(2).sum() / self.x_BD.pow(2).sum()).item()
+
+    @property
+    def l0(self) -> float:
+        """Active latents a token on the batch."""
+        return (self.codes_BF > 0).sum().item() / self.codes_BF.shape[0]
 
 
 def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, device: str = "cpu") -> TrainState:
@@ -148,22 +158,14 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
     state.optimizer.step()
     sae.normalise_decoder()
     with torch.no_grad():
-        error_B = (x_BD - x_hat_BD).pow(2).sum(1)
         state.importance.commit()
         sae.activation.observe(codes_BF)
-        revive_dead(state, x_BD, error_B)
-        report = StepReport(
-            Terms(*(term.detach() for term in terms)),
-            fvu=error_B.sum() / x_BD.pow(2).sum(),
-            l0=(codes_BF > 0).sum() / x_BD.shape[0],
-        )
+        revive_dead(state, x_BD, x_hat_BD)
     state.step += 1
-    return report
+    return StepReport(Terms(*(term.detach() for term in terms)), x_BD, x_hat_BD.detach(), codes_BF.detach())
 
 
-def loss_terms(
-    state: TrainState, x_BD: Tensor, pre_BF: Tensor, codes_BF: Tensor, frozen: bool
-) -> tuple[Terms, Tensor]:
+def loss_terms(state: TrainState, x_BD: Tensor, pre_BF: Tensor, codes_BF: Tensor, frozen: bool) -> tuple[Terms, Tensor]:
     """L = L_rec + λ_s L_sparsity + α L_aux + λ_o Ω, each weighted, and the full reconstruction x̂ [B, D].
 
     In the last phase (`frozen`) the codes are constants: only the plain reconstruction and Ω are left.
@@ -174,10 +176,10 @@ def loss_terms(
     if config.levels is None or frozen:
         levels = [sae.reconstruct(codes_BF)]
     else:
-        sizes = [max(1, round(part * sae.latents)) for part in config.levels.shares]
-        levels = objective.nested_reconstructions(
-            codes_BF, sae.dec_FD, sae.dec_bias_D, level_order(state), sizes, config.levels.stop_gradient
+        parts_BMD = decode_levels(
+            codes_BF, sae.dec_FD, latent_levels(state), len(config.levels.shares), sparse=sae.activation.sparse
         )
+        levels = objective.nested_reconstructions(parts_BMD, sae.dec_bias_D, config.levels.stop_gradient)
     x_hat_BD = levels[-1]
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
     if not frozen and workload.sparsity_penalty > 0:
@@ -189,24 +191,33 @@ def loss_terms(
         )
     if config.penalty is not None and config.lsh is not None:
         tables, bits = config.lsh.tables, config.lsh.bits
-        orthogonality = config.penalty.weight * share * objective.orthogonality(
-            sae.dec_FD,
-            state.importance.values(),
-            state.pairs_P2,
-            estimator=config.penalty.estimator,
-            yields=config.penalty.yields,
-            margin=config.penalty.margin,
-            probability=lambda cos: lsh.collision_probability(cos, tables, bits),
+        orthogonality = (
+            config.penalty.weight
+            * share
+            * objective.orthogonality(
+                sae.dec_FD,
+                state.importance.values(),
+                state.pairs_P2,
+                estimator=config.penalty.estimator,
+                yields=config.penalty.yields,
+                margin=config.penalty.margin,
+                probability=lambda cos: lsh.collision_probability(cos, tables, bits),
+            )
         )
     reconstruction = torch.stack([objective.squared_error(x_BD, level_BD) for level_BD in levels]).mean()
     return Terms(reconstruction, sparsity, auxiliary, orthogonality), x_hat_BD
 
 
-def level_order(state: TrainState) -> Tensor:
-    """The latents from first level to last, [F]: by index, or by σ, largest first."""
-    if state.config.levels is not None and state.config.levels.order == "importance":
-        return state.importance.values().argsort(descending=True, stable=True)
-    return torch.arange(state.sae.latents, device=state.sae.dec_FD.device)
+def latent_levels(state: TrainState) -> Tensor:
+    """Level of every latent, [F] from 0: by index, or by its rank in σ, largest first. Nothing is permuted."""
+    settings, latents = state.config.levels, state.sae.latents
+    assert settings is not None
+    device = state.sae.dec_FD.device
+    rank_F = torch.arange(latents, device=device)
+    if settings.order == "importance":
+        rank_F[state.importance.values().argsort(descending=True, stable=True)] = rank_F.clone()
+    ends = torch.tensor([max(1, round(share * latents)) for share in settings.shares], device=device)
+    return torch.searchsorted(ends, rank_F, right=True)
 
 
 def refresh_pairs(state: TrainState) -> None:
@@ -226,12 +237,12 @@ def refresh_pairs(state: TrainState) -> None:
     ).pairs_P2
 
 
-def revive_dead(state: TrainState, x_BD: Tensor, error_B: Tensor) -> None:
+def revive_dead(state: TrainState, x_BD: Tensor, x_hat_BD: Tensor) -> None:
     """Offer the tokens to the reservoir by reconstruction error; every n steps revive dead latents from it."""
     settings, config = state.config.reservoir, state.config
     if settings is None or state.reservoir is None:
         return
-    state.reservoir.offer(x_BD, error_B, state.generator)
+    state.reservoir.offer(x_BD, (x_BD - x_hat_BD).pow(2).sum(1), state.generator)
     late = state.step >= 0.8 * config.workload.steps or decoder_only(config, state.step)
     if late or (state.step + 1) % settings.revive_every:
         return

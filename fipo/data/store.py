@@ -74,22 +74,20 @@ class ActivationStore:
             yield self._shards[number], max(0, start - offset), min(SHARD_TOKENS, start + count - offset)
 
 
-def open_or_harvest(
-    key: dict[str, Any], produce: Callable[[], Iterable[Chunk]], tokens: int | None
-) -> tuple[ActivationStore, bool]:
-    """The store of this key, made by `produce` where there is none; and whether it was there already.
+def open_or_harvest(key: dict[str, Any], produce: Callable[[], Iterable[Chunk]], tokens: int | None) -> ActivationStore:
+    """The store of this key, made by `produce` where there is none (or a damaged one).
 
     `tokens`: how many to keep, or None for all that come.
     """
     folder = cache_root() / sha256_json({"format": FORMAT, **key})[:32]
     if (folder / "manifest.json").is_file():
         try:
-            return ActivationStore(folder), True
+            return ActivationStore(folder)
         except UserError:
             shutil.rmtree(folder, ignore_errors=True)
     with replacing_folder(folder) as temporary:
         _write(temporary, key, produce(), tokens)
-    return ActivationStore(folder), False
+    return ActivationStore(folder)
 
 
 def _write(folder: Path, key: dict[str, Any], chunks: Iterable[Chunk], tokens: int | None) -> None:
