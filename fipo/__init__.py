@@ -1,0 +1,32 @@
+"""FIPO: feature-importance prioritised orthogonal sparse autoencoders.
+
+The core (this import) needs torch, safetensors and numpy only. `experiment.py` runs the whole job.
+"""
+
+from fipo.activations import BatchTopK, JumpReLU, ReLU, TopK
+from fipo.config import RunConfig, Workload
+from fipo.errors import UserError
+from fipo.export import load_sae, save_sae
+from fipo.importance import ImportanceEMA
+from fipo.reservoir import BucketQueues, PriorityReservoir
+from fipo.sae import SAE
+from fipo.train import TrainState, build_state, train_step
+
+__all__ = [
+    "SAE",
+    "BatchTopK",
+    "BucketQueues",
+    "ImportanceEMA",
+    "JumpReLU",
+    "PriorityReservoir",
+    "ReLU",
+    "RunConfig",
+    "TopK",
+    "TrainState",
+    "UserError",
+    "Workload",
+    "build_state",
+    "load_sae",
+    "save_sae",
+    "train_step",
+]

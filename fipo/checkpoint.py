@@ -17,8 +17,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     owned, seen = {}, set()
     for name, tensor in plain.items():
-        owned[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(tensor.data_ptr())
+        owned[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
+        seen.add(tensor.untyped_storage().data_ptr())
     with replacing(path) as temporary:
         safetensors.torch.save_file(owned, temporary, metadata={"format": FORMAT})
 

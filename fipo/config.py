@@ -183,6 +183,8 @@ class LSH:
     """C, latents of highest importance that a bucket keeps."""
     min_cosine: float = 0.2
     """Pairs below this cosine are not candidates."""
+    partners: int | None = 2
+    """Candidates kept a latent, the closest ones of higher importance; null keeps all."""
     refresh_every: int = 50
     """Steps between refreshes; planes are redrawn at each."""
     autocast: bool = True
@@ -193,6 +195,7 @@ class LSH:
         require(0 < self.bits <= 24, "lsh.bits", self.bits, "1 to 24 bits")
         require(self.capacity > 1, "lsh.capacity", self.capacity, "room for at least one pair")
         require(0 <= self.min_cosine < 1, "lsh.min_cosine", self.min_cosine, "a cosine from 0 to below 1")
+        require(self.partners is None or self.partners > 0, "lsh.partners", self.partners, "a positive number or null")
         require(self.refresh_every > 0, "lsh.refresh_every", self.refresh_every, "a positive number of steps")
 
 
@@ -239,7 +242,9 @@ class Optimiser:
     """Adam and its schedules, as shares of the run so that they fit any length."""
 
     warmup: float = 0.05
-    """Share of the steps over which the learning rate and λ_s, λ_o rise from 0."""
+    """Share of the steps over which the learning rate rises from 0."""
+    penalty_warmup: float = 0.5
+    """Share of the steps over which λ_s and λ_o rise from 0: an unlearned dictionary must not be thinned."""
     decay: float = 0.2
     """Share of the steps, the last ones, over which the learning rate falls to 0."""
     betas: tuple[float, ...] = (0.9, 0.999)
@@ -251,6 +256,7 @@ class Optimiser:
 
     def __post_init__(self) -> None:
         require(0 <= self.warmup <= 1, "optimiser.warmup", self.warmup, "a share from 0 to 1")
+        require(0 <= self.penalty_warmup <= 1, "optimiser.penalty_warmup", self.penalty_warmup, "a share from 0 to 1")
         require(0 <= self.decay <= 1, "optimiser.decay", self.decay, "a share from 0 to 1")
         require(
             len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
@@ -304,6 +310,15 @@ class RunConfig:
             "importance as well, since queues keep the latents of highest σ",
         )
         require(self.penalty is None or self.lsh is not None, "penalty", "on", "lsh as well, which finds its pairs")
+        require(
+            self.penalty is None
+            or self.lsh is None
+            or self.penalty.estimator != "unbiased"
+            or self.lsh.partners is None,
+            "lsh.partners",
+            self.lsh.partners if self.lsh else None,
+            "null with penalty.estimator unbiased, whose weights hold for all candidates only",
+        )
         require(
             self.levels is None or self.levels.order == "fixed" or self.importance is not None,
             "levels.order",

@@ -128,7 +128,7 @@ def _activation(
         case "jumprelu":
             shapes["threshold"] = (config["d_sae"],)
             activation = JumpReLU(config["d_sae"])
-            with torch.no_grad():
-                activation.log_threshold_F.copy_(tensors["threshold"].clamp_min(1e-30).log())
+            if tensors["threshold"].shape == shapes["threshold"]:  # else the caller says what is wrong with it
+                activation.log_threshold_F.data.copy_(tensors["threshold"].clamp_min(1e-30).log())
             return activation
     raise UserError(f"architecture {architecture} is not one of standard, topk, jumprelu")

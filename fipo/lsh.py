@@ -57,9 +57,13 @@ def candidate_pairs(
     capacity: int,
     min_cosine: float,
     generator: torch.Generator,
+    partners: int | None = None,
     autocast: bool = True,
 ) -> Candidates:
-    """Pairs of unit rows with cosine >= `min_cosine` that met in a bucket of one of the tables."""
+    """Pairs of unit rows with cosine >= `min_cosine` that met in a bucket of one of the tables.
+
+    `partners`: keep, of every row's pairs with rows of higher priority, only so many of the closest; None keeps all.
+    """
     latents, width = unit_FD.shape
     planes_DTS = torch.randn(width, tables, bits, generator=generator, device=generator.device).to(unit_FD.device)
     buckets_FT = bucket_numbers(unit_FD, planes_DTS, autocast)
@@ -79,4 +83,16 @@ def candidate_pairs(
         found.append(torch.minimum(first_N, second_N) * latents + torch.maximum(first_N, second_N))
     codes_P = torch.cat(found).unique()
     pairs_P2 = torch.stack([codes_P // latents, codes_P % latents], dim=1)
+    if partners is not None:
+        pairs_P2 = pairs_P2[_closest(unit_FD, priority_F, pairs_P2, partners)]
     return Candidates(pairs_P2, overflow=1 - placed / (latents * tables))
+
+
+def _closest(unit_FD: Tensor, priority_F: Tensor, pairs_P2: Tensor, partners: int) -> Tensor:
+    """Numbers, rising, of the pairs that are among the `partners` closest of their row of lower priority."""
+    first_P, second_P = pairs_P2.unbind(1)
+    lower_P = torch.where(priority_F[second_P] > priority_F[first_P], first_P, second_P)
+    cos_P = torch.cat([(unit_FD[part[:, 0]] * unit_FD[part[:, 1]]).sum(1) for part in pairs_P2.split(16_384)])
+    queues = BucketQueues(unit_FD.shape[0], partners, device=unit_FD.device)
+    queues.offer(lower_P, cos_P, torch.arange(pairs_P2.shape[0], device=unit_FD.device))
+    return queues.items_QC[queues.items_QC >= 0].sort().values

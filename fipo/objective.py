@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 
 class Terms(NamedTuple):
@@ -93,7 +94,7 @@ def orthogonality(
     share_P = (sigma_F[upper_P] + tiny) / (sigma_F[upper_P] + sigma_F[lower_P] + 2 * tiny)
 
     def payments(payer_P: Tensor, holder_P: Tensor, share_P: Tensor) -> Tensor:
-        cos_P = (unit_FD[payer_P] * unit_held_FD[holder_P]).sum(1)
+        cos_P = torch.linalg.vecdot(embedding(payer_P, unit_FD), embedding(holder_P, unit_held_FD))
         cost_P = share_P * (cos_P - margin).relu().pow(2)
         return cost_P / probability(cos_P.detach()) if estimator == "unbiased" and probability else cost_P
 

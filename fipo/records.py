@@ -5,7 +5,7 @@ Nothing is bent but integers to floats and lists to tuples.
 """
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from typing import Any, Literal, TypeVar
@@ -62,7 +62,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, f"{path}.")
     if hint is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         require(number, path, value, "a finite number")
         return float(value)
     require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), path, value, hint.__name__)

@@ -33,8 +33,9 @@ def resolve(out_dir: Path, experiments: Path) -> RunConfig:
     overrides = values.pop("workload", {}) or {}
     if not isinstance(overrides, dict):
         overrides = {"name": overrides}
-    workload = find_workload(str(overrides.get("name") or os.environ.get("FIPO_WORKLOAD") or "minilm"))
-    values |= {"run": run, "workload": merge(to_dict(workload), overrides)}
+    name = str(overrides.get("name") or os.environ.get("FIPO_WORKLOAD") or "minilm")
+    whole = {"name", "model", "text", "probing"} <= overrides.keys()  # as saved: it may come from a file now gone
+    values |= {"run": run, "workload": overrides if whole else merge(to_dict(find_workload(name)), overrides)}
     return from_dict(RunConfig, values)
 
 

@@ -121,13 +121,14 @@ def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, dev
 def learning_rate(config: RunConfig, step: int) -> float:
     """Linear warm-up, constant, linear decay to 0 over the last steps."""
     steps, schedule = config.workload.steps, config.optimiser
+    rising = (step + 1) / max(1.0, schedule.warmup * steps)
     falling = (steps - step) / max(1.0, schedule.decay * steps)
-    return config.workload.learning_rate * min(1.0, penalty_share(config, step), falling)
+    return config.workload.learning_rate * min(1.0, rising, falling)
 
 
 def penalty_share(config: RunConfig, step: int) -> float:
-    """Share of λ_s and λ_o that is in force: rises from 0 to 1 over the warm-up."""
-    return min(1.0, (step + 1) / max(1.0, config.optimiser.warmup * config.workload.steps))
+    """Share of λ_s and λ_o that is in force: rises from 0 to 1 over the penalty warm-up."""
+    return min(1.0, (step + 1) / max(1.0, config.optimiser.penalty_warmup * config.workload.steps))
 
 
 def decoder_only(config: RunConfig, step: int) -> bool:
@@ -233,6 +234,7 @@ def refresh_pairs(state: TrainState) -> None:
         capacity=settings.capacity,
         min_cosine=settings.min_cosine,
         generator=state.generator,
+        partners=settings.partners,
         autocast=settings.autocast,
     ).pairs_P2
 

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from fipo.data.harvest import Chunk
 from fipo.data.store import ActivationStore
+from fipo.errors import UserError
 
 
 class ActivationSource(Protocol):
     """An endless stream of activations [N, L, D]."""
 
     position: int
-    """Tokens taken so far."""
+    """Token of the stream that comes next; a stream that begins again may count on or from 0."""
 
     def take(self, count: int) -> Tensor:
         """The next activations, at least one and at most `count`."""
@@ -71,8 +72,10 @@ class LiveSource:
         while self._rest_NLD is None or self._rest_NLD.shape[0] == 0:
             chunk = next(self._chunks, None)
             if chunk is None:
-                self._chunks = self._produce(0)
-                chunk = next(self._chunks)
+                self._chunks, self.position = self._produce(0), 0
+                chunk = next(self._chunks, None)
+            if chunk is None:
+                raise UserError("no content token is left to train on; give more text, or hold less of it out")
             self._rest_NLD = chunk.acts_NLD
         acts_NLD, self._rest_NLD = self._rest_NLD[:count], self._rest_NLD[count:]
         self.position += acts_NLD.shape[0]

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -100,7 +101,7 @@ class LanguageModel:
                 folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
             )
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise UserError(f"{folder} does not load as a model with tokeniser: {error}") from error
         self.model.eval().requires_grad_(False).to(device)
         self.model.config.use_cache = False

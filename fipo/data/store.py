@@ -42,36 +42,36 @@ class ActivationStore:
             if not file.is_file() or sha256_file(file) != shard["sha256"]:
                 raise UserError(f"{file} is damaged")
         self.tokens: int = self.manifest["tokens"]
-        self._shards = [
-            safetensors.safe_open(folder / shard["file"], framework="pt") for shard in self.manifest["shards"]
-        ]
+        self._files = [folder / shard["file"] for shard in self.manifest["shards"]]
 
     def read(self, start: int, count: int) -> Tensor:
         """Activations [count, L, D] from token `start`; never past the end."""
-        return torch.cat([shard.get_slice("acts_NLD")[a:b] for shard, a, b in self._pieces(start, count)])
+        pieces = []
+        for number in range(start // SHARD_TOKENS, -(-(start + count) // SHARD_TOKENS)):
+            offset = number * SHARD_TOKENS
+            first, last = max(0, start - offset), min(SHARD_TOKENS, start + count - offset)
+            # Opened anew each time: a mapped file counts as this process's memory for as long as it stays open.
+            with safetensors.safe_open(self._files[number], framework="pt") as shard:
+                pieces.append(shard.get_slice("acts_NLD")[first:last].clone())
+        return torch.cat(pieces)
 
     def gather(self, places_N: Tensor) -> Tensor:
         """Activations at any places, [N, L, D], in the order given."""
         shard_N, row_N = places_N // SHARD_TOKENS, places_N % SHARD_TOKENS
-        parts = [shard.get_tensor("acts_NLD")[row_N[shard_N == number]] for number, shard in enumerate(self._shards)]
-        back_N = shard_N.argsort(stable=True).argsort()
-        return torch.cat(parts)[back_N]
+        parts = [
+            safetensors.torch.load_file(file)["acts_NLD"][row_N[shard_N == number]]
+            for number, file in enumerate(self._files)
+        ]
+        return torch.cat(parts)[shard_N.argsort(stable=True).argsort()]
 
     def texts(self) -> Tensor:
         """Number of the text of every token, [N]."""
-        return torch.cat([shard.get_tensor("text_N") for shard in self._shards])
+        return torch.cat([safetensors.torch.load_file(file)["text_N"].clone() for file in self._files])
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All activations in order, [<= size, L, D] at a time."""
         for start in range(0, self.tokens, size):
             yield self.read(start, min(size, self.tokens - start))
-
-    def _pieces(self, start: int, count: int) -> Iterator[tuple[Any, int, int]]:
-        """The shards, each with its own first and last row, that hold tokens start .. start + count."""
-        first = start // SHARD_TOKENS
-        for number in range(first, -(-(start + count) // SHARD_TOKENS)):
-            offset = number * SHARD_TOKENS
-            yield self._shards[number], max(0, start - offset), min(SHARD_TOKENS, start + count - offset)
 
 
 def open_or_harvest(key: dict[str, Any], produce: Callable[[], Iterable[Chunk]], tokens: int | None) -> ActivationStore:

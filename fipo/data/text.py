@@ -31,7 +31,8 @@ def open_text(text: Text) -> TextSource:
         return TextSource(sae_probes.fingerprint(), sae_probes.training_texts)
     path = Path(text.source)
     if path.exists():
-        return TextSource(_hash_path(path), lambda: _column(load_local(path, text.split), text))
+        fingerprint = sha256_json([_hash_path(path), text.split, text.field])
+        return TextSource(fingerprint, lambda: _column(load_local(path, text.split), text))
     if text.source.startswith((".", "/", "~")):
         raise UserError(f"text source {text.source} does not exist; expected a folder or file of parquet, jsonl or txt")
     revision = text.revision or _newest_revision(text.source)

@@ -1,0 +1,32 @@
+# `make run` and `make test` need Python 3.11, make and the package registry, nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+OUT ?= run_1
+
+.PHONY: setup run test check clean
+
+setup: $(VENV)/.ready
+
+# torch first and pinned: left to itself, pip would bring the newest build with several GB of CUDA.
+$(VENV)/.ready: pyproject.toml requirements/torch.txt requirements/locked.txt requirements/data.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11, or give PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet -r requirements/torch.txt
+	$(VENV)/bin/pip install --quiet -r requirements/locked.txt
+	$(VENV)/bin/pip install --quiet --no-deps --require-hashes -r requirements/data.txt
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+run: setup
+	$(VENV)/bin/python experiment.py --out_dir=$(OUT)
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+check: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(MAKE) test
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,230 @@
+"""fipo.export: a saved SAE takes raw activations and gives what the trained one gave; SAELens reads the same folder."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from toys import LATENTS, WIDTH, seeded
+
+from fipo.activations import build_activation
+from fipo.errors import UserError
+from fipo.export import load_sae, save_sae
+from fipo.files import read_json, write_json
+from fipo.sae import SAE
+
+ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu")
+CONFIG_KEYS = [
+    *("d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations"),
+    "architecture",
+]
+METADATA_KEYS = {
+    *("sae_lens_version", "sae_lens_training_version", "model_name", "hook_name", "hook_layer", "hook_head_index"),
+    *("context_size", "prepend_bos", "dataset_path", "seqpos_slice", "model_class_name"),
+    *("model_from_pretrained_kwargs", "exclude_special_tokens", "neuronpedia_id"),
+}
+
+
+def trained(architecture):
+    """An SAE with nothing zero or one; decoder rows of unit norm, as training leaves them, only where it matters."""
+    generator = seeded()
+    sae = SAE(WIDTH, LATENTS, build_activation(architecture, LATENTS, 3), generator=generator)
+    with torch.no_grad():
+        for parameter in (sae.enc_DF, sae.enc_bias_F, sae.dec_FD, sae.dec_bias_D, sae.mean_D):
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        sae.mean_D.mul_(40)
+        sae.scale.fill_(0.07)
+        if architecture == "topk":  # folding other norms would change which k are the largest
+            sae.normalise_decoder()
+        if architecture == "batchtopk":
+            sae.activation.threshold.fill_(0.8)
+        if architecture == "jumprelu":
+            sae.activation.log_threshold_F.copy_(torch.rand(LATENTS, generator=generator).add(0.2).log())
+    return sae.eval()
+
+
+def raw(sae, count=500):
+    """Activations with the mean and scale that the SAE was trained for."""
+    return torch.randn(count, WIDTH, generator=seeded(3)) / sae.scale + sae.mean_D
+
+
+def save(folder, sae):
+    given = {"model": "some/model", "layer": 3, "context": 128, "dataset": "some/text"}
+    return save_sae(folder, sae, **given, beside={"sigma_F": torch.arange(float(LATENTS))})
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def sae(request):
+    return trained(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path, sae):
+    save(tmp_path / "layer_3", sae)
+    return tmp_path / "layer_3"
+
+
+def change_tensors(folder, change):
+    path = folder / "sae_weights.safetensors"
+    tensors = safetensors.torch.load(path.read_bytes())
+    change(tensors)
+    safetensors.torch.save_file(tensors, path)
+
+
+def relative(given, expected):
+    return ((given - expected).norm() / expected.norm()).item()
+
+
+@torch.no_grad()
+def test_reconstructs_raw_activations(sae, folder):
+    loaded, acts_BD = load_sae(folder), raw(sae)
+    assert relative(loaded(acts_BD), sae(acts_BD)) < 1e-5
+    norm_F = sae.dec_FD.norm(dim=1)
+    assert relative(loaded.encode(acts_BD), sae.encode(acts_BD) * norm_F / sae.scale) < 1e-5
+    assert 0.5 < (loaded.encode(acts_BD) > 0).sum(1).float().mean() < LATENTS - 0.5
+    assert not loaded.training
+
+
+def test_decoder_rows_are_of_unit_norm(folder):
+    torch.testing.assert_close(load_sae(folder).dec_FD.norm(dim=1), torch.ones(LATENTS))
+
+
+def test_saving_changes_nothing(tmp_path, sae):
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    save(tmp_path, sae)
+    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_files_and_keys_are_those_of_saelens(tmp_path, architecture):
+    returned = save(tmp_path, trained(architecture))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cfg.json",
+        "fipo_statistics.safetensors",
+        "sae_weights.safetensors",
+    ]
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    name = {"relu": "standard", "topk": "topk"}.get(architecture, "jumprelu")
+    own = ["k", "rescale_acts_by_decoder_norm"] if architecture == "topk" else []
+    assert config == returned and list(config) == [*CONFIG_KEYS, *own, "metadata"]
+    assert config["metadata"].keys() == METADATA_KEYS
+    assert config["architecture"] == name and config["d_in"] == WIDTH and config["d_sae"] == LATENTS
+    assert config["dtype"] == "float32" and config["normalize_activations"] == "none"
+    assert config["metadata"]["sae_lens_version"].startswith("6.")
+    assert config["metadata"]["hook_name"] == "blocks.3.hook_resid_post" and config["metadata"]["hook_layer"] == 3
+    assert config["metadata"]["context_size"] == 128 and config["metadata"]["dataset_path"] == "some/text"
+    tensors = safetensors.torch.load_file(tmp_path / "sae_weights.safetensors")
+    shapes = {"W_enc": (WIDTH, LATENTS), "b_enc": (LATENTS,), "W_dec": (LATENTS, WIDTH), "b_dec": (WIDTH,)}
+    shapes |= {"threshold": (LATENTS,)} if name == "jumprelu" else {}
+    assert {name: tuple(value.shape) for name, value in tensors.items()} == shapes
+    assert all(value.dtype == torch.float32 for value in tensors.values())
+    beside = safetensors.torch.load_file(tmp_path / "fipo_statistics.safetensors")
+    assert torch.equal(beside["sigma_F"], torch.arange(float(LATENTS)))
+
+
+def test_dead_row_of_zeros_stays_finite(tmp_path):
+    sae = trained("relu")
+    with torch.no_grad():
+        sae.dec_FD[2] = 0
+    save(tmp_path, sae)
+    acts_BD = raw(sae)
+    assert relative(load_sae(tmp_path)(acts_BD), sae(acts_BD)) < 1e-5
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_reads_both_of_saelens_conventions(tmp_path, centred):
+    sae = trained("relu")
+    save(tmp_path, sae)
+    config = read_json(tmp_path / "cfg.json")
+    tensors = safetensors.torch.load_file(tmp_path / "sae_weights.safetensors")
+    write_json(tmp_path / "cfg.json", config | {"apply_b_dec_to_input": centred})
+    acts_BD = raw(sae)
+    codes_BF = ((acts_BD - tensors["b_dec"] * centred) @ tensors["W_enc"] + tensors["b_enc"]).relu()
+    assert relative(load_sae(tmp_path)(acts_BD), codes_BF @ tensors["W_dec"] + tensors["b_dec"]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "W_dec", "b_dec"])
+def test_wrong_tensors(folder, name):
+    path = folder / "sae_weights.safetensors"
+    good = path.read_bytes()
+
+    def break_it(tensors):
+        tensors[name][-1] = float("nan")
+
+    def shorten(tensors):
+        tensors[name] = tensors[name][:-1].contiguous()
+
+    for change in (break_it, shorten, lambda tensors: tensors.pop(name)):
+        path.write_bytes(good)
+        change_tensors(folder, change)
+        with pytest.raises(UserError, match=f"layer_3: tensor {name} is .* expected finite"):
+            load_sae(folder)
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk"])
+def test_wrong_threshold(tmp_path, architecture):
+    save(tmp_path, trained(architecture))
+
+    def break_it(tensors):
+        tensors["threshold"][0] = float("nan")
+
+    change_tensors(tmp_path, break_it)
+    with pytest.raises(UserError, match="tensor threshold"):
+        load_sae(tmp_path)
+    change_tensors(tmp_path, lambda tensors: tensors.pop("threshold"))
+    with pytest.raises(UserError, match="threshold"):
+        load_sae(tmp_path)
+
+
+def test_wrong_threshold_shape(tmp_path):
+    save(tmp_path, trained("jumprelu"))
+    change_tensors(tmp_path, lambda tensors: tensors.update(threshold=torch.ones(LATENTS - 1)))
+    with pytest.raises(UserError, match="tensor threshold"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"architecture": "gated"}, "architecture gated is not one of standard, topk, jumprelu"),
+        ({"d_sae": LATENTS + 1}, "expected finite"),
+        ({"normalize_activations": "expected_average_only_in"}, "normalize_activations is not folded"),
+        ({"d_in": None}, "expected"),
+    ],
+)
+def test_wrong_config(tmp_path, change, text):
+    save(tmp_path, trained("relu"))
+    write_json(tmp_path / "cfg.json", read_json(tmp_path / "cfg.json") | change)
+    with pytest.raises(UserError, match=text):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["architecture", "d_in", "d_sae", "k"])
+def test_missing_config_key(tmp_path, key):
+    save(tmp_path, trained("topk"))
+    config = read_json(tmp_path / "cfg.json")
+    del config[key]
+    write_json(tmp_path / "cfg.json", config)
+    with pytest.raises(UserError, match=f"cfg.json lacks '{key}'; expected an SAE in SAELens' format"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_missing_file(tmp_path, name):
+    save(tmp_path, trained("relu"))
+    (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=name):
+        load_sae(tmp_path)
+
+
+@torch.no_grad()
+def test_loads_in_sae_lens(sae, folder):
+    """Skipped where SAELens is not installed; its tests run in an isolated environment."""
+    sae_lens = pytest.importorskip("sae_lens")
+    theirs, acts_BD = sae_lens.SAE.load_from_disk(folder), raw(sae)
+    assert relative(theirs(acts_BD), sae(acts_BD)) < 1e-4
+    assert relative(theirs.encode(acts_BD), load_sae(folder).encode(acts_BD)) < 1e-4
+    assert theirs.cfg.metadata.hook_name == "blocks.3.hook_resid_post"
+    assert theirs.cfg.metadata.model_name == "some/model"
+    theirs.fold_W_dec_norm()
+    assert relative(theirs(acts_BD), sae(acts_BD)) < 1e-4

@@ -1,0 +1,131 @@
+"""fipo.files: a file or folder is whole or absent; JSON and hashes."""
+
+import errno
+import hashlib
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fipo.errors import UserError
+from fipo.files import read_json, replacing, replacing_folder, sha256_file, sha256_json, write_json, write_text
+
+
+def full_disk(*_args, **_keywords):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_write_replaces_the_old_file_and_leaves_nothing_else(tmp_path):
+    write_text(tmp_path / "a", "old")
+    write_text(tmp_path / "a", "new π")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "new π" and names(tmp_path) == ["a"]
+
+
+def test_write_makes_the_folder(tmp_path):
+    write_text(tmp_path / "b" / "c", "text")
+    assert names(tmp_path / "b") == ["c"]
+
+
+def test_target_appears_only_when_complete(tmp_path):
+    with replacing(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_text() == "half"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_full_disk_leaves_the_old_file_and_says_so(tmp_path, monkeypatch, call):
+    write_text(tmp_path / "a", "old")
+    monkeypatch.setattr(os, call, full_disk)
+    with pytest.raises(UserError, match="cannot write .*/a: No space left on device; free space"):
+        write_text(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old" and names(tmp_path) == ["a"]
+
+
+def test_failure_of_the_writer_leaves_the_old_file(tmp_path):
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(KeyError), replacing(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert (tmp_path / "a").read_text() == "old" and names(tmp_path) == ["a"]
+
+
+def test_folder_replaces_the_old_one_whole(tmp_path):
+    for name in ("one", "two"):
+        with replacing_folder(tmp_path / "f") as temporary:
+            (temporary / name).write_text(name)
+    assert names(tmp_path) == ["f"] and names(tmp_path / "f") == ["two"]
+
+
+def test_folder_appears_only_when_complete(tmp_path):
+    with replacing_folder(tmp_path / "f") as temporary:
+        (temporary / "one").write_text("1")
+        assert not (tmp_path / "f").exists()
+    assert (tmp_path / "f" / "one").exists()
+
+
+@pytest.mark.parametrize("error", [KeyError(), OSError(errno.ENOSPC, "No space left on device")])
+def test_failed_folder_leaves_the_old_one(tmp_path, error):
+    with replacing_folder(tmp_path / "f") as temporary:
+        (temporary / "one").write_text("1")
+    with pytest.raises((KeyError, UserError)) as caught, replacing_folder(tmp_path / "f") as temporary:
+        (temporary / "two").write_text("2")
+        raise error
+    assert names(tmp_path) == ["f"] and names(tmp_path / "f") == ["one"]
+    if isinstance(error, OSError):
+        assert isinstance(caught.value, UserError) and "No space left on device" in str(caught.value)
+
+
+def test_folder_starts_empty_after_a_killed_writer(tmp_path):
+    with replacing_folder(tmp_path / "f") as temporary:
+        path = temporary
+    shutil.rmtree(tmp_path / "f")
+    path.mkdir()
+    (path / "left over").write_text("x")
+    with replacing_folder(tmp_path / "f") as temporary:
+        assert names(temporary) == []
+
+
+def test_json_round_trip(tmp_path):
+    write_json(tmp_path / "a.json", {"b": [1, 2.5, None]})
+    assert read_json(tmp_path / "a.json") == {"b": [1, 2.5, None]}
+
+
+def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", 1)
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", math.nan)
+    assert read_json(tmp_path / "a.json") == 1
+
+
+@pytest.mark.parametrize("text", ["{", "", "[" * 100_000, "\ud800"])
+def test_damaged_json_is_a_user_error_that_names_it(tmp_path, text):
+    (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match="a.json is not readable JSON"):
+        read_json(tmp_path / "a.json")
+
+
+def test_missing_json_is_a_user_error_that_names_it(tmp_path):
+    with pytest.raises(UserError, match="a.json does not exist"):
+        read_json(tmp_path / "a.json")
+
+
+def test_sha256_of_a_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc" * 1000)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(b"abc" * 1000).hexdigest()
+
+
+def test_sha256_of_json_ignores_the_order_of_keys_alone():
+    assert sha256_json({"a": 1, "b": [2, 3]}) == sha256_json({"b": [2, 3], "a": 1})
+    assert sha256_json([2, 3]) != sha256_json([3, 2])
+    assert sha256_json({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()
+
+
+def test_user_error_is_one_line():
+    assert str(UserError("a\n   b\tc")) == "a b c"

@@ -1,0 +1,364 @@
+"""fipo.job, whole, on tiny models: what a run leaves, that it is the same twice and after an interruption, that a
+finished folder stays as it is, and that what is no result is an error."""
+
+import dataclasses
+import errno
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+import yaml
+
+from fipo import checkpoint, job, loop, runs
+from fipo.data import store
+from fipo.data.harvest import harvest
+from fipo.data.lm import LanguageModel
+from fipo.errors import UserError
+from fipo.export import load_sae
+from fipo.files import read_json
+from fipo.report import check_is_result
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+QUICK = {"log_every": 5, "checkpoint_every": 15}
+FINAL_KEYS = (
+    "training_steps final_loss layer dict_size learning_rate sparsity_penalty held_out_fvu held_out_l0 held_out_tokens "
+    "dead_share mean_max_cosine eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics "
+    "eval_result_details sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict "
+    "eval_result_unstructured run workload seed git_revision versions hardware layers"
+)
+LOG_KEYS = (
+    "step tokens layer loss reconstruction sparsity auxiliary orthogonality fvu l0 dead_share sigma_quantiles "
+    "mean_max_cosine max_cosine_histogram candidate_pairs learning_rate tokens_per_second"
+)
+
+
+@pytest.fixture(scope="module")
+def values(model_folder, text_folder, labelled_folders):
+    """Tiny BERT, one document a row, from a cache."""
+    return tiny.workload_values(model_folder("bert"), text_folder, labelled_folders)
+
+
+@pytest.fixture(scope="module")
+def packed_values(model_folder, text_folder, labelled_folders):
+    """Tiny GPT-NeoX, packed, straight from the model; training passes over the text more than once."""
+    changes = {"packed": True, "cached": False, "train_tokens": 3200}
+    return tiny.workload_values(model_folder("gpt_neox"), text_folder, labelled_folders[:1], **changes)
+
+
+def start(out_dir, values, **method):
+    """Run in out_dir, whose config.yaml is written first where there is none."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if not (out_dir / "config.yaml").exists():
+        (out_dir / "config.yaml").write_text(yaml.safe_dump(QUICK | method | {"workload": values}))
+    job.run(out_dir, EXPERIMENTS)
+    return out_dir
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, values):
+    """One finished run_3, with its own cache; read only."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FIPO_CACHE", str(root / "cache"))
+        return start(root / "run_3", values)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(folder):
+    """All that training made, without what names times."""
+    return {name: content for name, content in files(folder).items() if name.endswith(".safetensors")}
+
+
+def log(folder, timeless=False):
+    lines = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not timeless or "second" not in key} for line in lines]
+
+
+def interrupt_at(monkeypatch, step, error=KeyboardInterrupt):
+    """The step of that number, counted from 0, raises before it does anything."""
+    original = loop.train_step
+
+    def train_step(state, acts_BD):
+        if state.step == step:
+            raise error
+        return original(state, acts_BD)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+
+
+def test_leaves_these_files_and_no_others(finished):
+    expected = {"config.yaml", "final_info.json", "runtime.json", "training.png", "training_log.jsonl"}
+    for layer in (0, 1):
+        saved = ("cfg.json", "fipo_statistics.safetensors", "sae_weights.safetensors")
+        expected |= {f"layer_{layer}/{name}" for name in saved}
+    assert files(finished).keys() == expected
+
+
+def test_final_info(finished):
+    info = read_json(finished / "final_info.json")
+    assert " ".join(info) == FINAL_KEYS
+    assert list(info["layers"]) == ["0", "1"]
+    assert {key: info[key] for key in info["layers"]["1"]} == info["layers"]["1"]
+    assert info["training_steps"] == 40 and info["layer"] == 1 and info["dict_size"] == 64
+    assert info["learning_rate"] == 0.003 and info["sparsity_penalty"] == 0.01
+    assert info["run"] == "run_3" and info["workload"] == "tiny" and info["seed"] == 42
+    assert info["held_out_tokens"] == 200 and 0 < info["held_out_fvu"] < 1.5 and 0 < info["held_out_l0"] <= 64
+    assert info["eval_config"]["dataset_names"] == ["topics", "more"]
+    for who in ("llm", "sae"):
+        for k in (1, 5):
+            assert 0.4 < info["eval_result_metrics"][who][f"{who}_top_{k}_test_accuracy"] <= 1
+    # Words of its topic stand in every text, and even a random model keeps words apart.
+    assert info["eval_result_metrics"]["llm"]["llm_top_5_test_accuracy"] > 0.7
+    assert info["eval_result_metrics"]["sae"]["sae_top_5_test_accuracy"] > 0.7
+    assert info["final_loss"] == log(finished)[-1]["loss"]
+    assert "torch" in info["versions"] and info["git_revision"] and info["hardware"]["cores"]
+
+
+def test_training_log(finished):
+    lines = log(finished)
+    assert [(line["step"], line["layer"]) for line in lines] == [(s, n) for s in range(5, 45, 5) for n in (0, 1)]
+    for line in lines:
+        assert " ".join(line) == LOG_KEYS
+        terms = sum(line[name] for name in ("reconstruction", "sparsity", "auxiliary", "orthogonality"))
+        assert line["loss"] == pytest.approx(terms, rel=1e-5) and line["tokens"] == 32 * line["step"]
+        assert len(line["sigma_quantiles"]) == 4 and line["sigma_quantiles"] == sorted(line["sigma_quantiles"])
+        assert sum(line["max_cosine_histogram"]) == 64 and len(line["max_cosine_histogram"]) == 50
+        assert line["candidate_pairs"] > 0 and line["tokens_per_second"] > 0
+    assert lines[-1]["fvu"] < lines[1]["fvu"] and lines[-1]["reconstruction"] < lines[1]["reconstruction"]
+
+
+def test_config_as_resolved(finished, values):
+    saved = yaml.safe_load((finished / "config.yaml").read_text())
+    assert saved["run"] == "run_3" and saved["workload"] == values | saved["workload"]
+    assert saved["lsh"]["tables"] == 16 and saved["penalty"]["weight"] > 0 and saved["levels"] is None
+
+
+def test_runtime(finished):
+    times = read_json(finished / "runtime.json")
+    phases = ["set_up", "harvest", "training", "probing"]
+    assert list(times)[:4] == phases and all(times[phase] > 0 for phase in phases)
+    assert 0.05 < times["peak_memory_gib"] < 6 and times["hardware"]["threads"] >= 1
+
+
+def test_picture_is_a_png(finished):
+    content = (finished / "training.png").read_bytes()
+    width, height = struct.unpack(">II", content[16:24])
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[12:16] == b"IHDR" and content[-8:-4] == b"IEND"
+    assert width > 800 and height > 400
+
+
+def test_saved_saes_work_on_raw_activations(finished, load_lm):
+    lm = load_lm("bert")
+    rows = list(lm.token_rows(tiny.sentences(40, seed=77)))
+    acts_NLD = torch.cat([chunk.acts_NLD for chunk in harvest(lm, rows)])
+    info = read_json(finished / "final_info.json")
+    for layer in (0, 1):
+        sae = load_sae(finished / f"layer_{layer}")
+        with torch.no_grad():
+            error = (sae(acts_NLD[:, layer]) - acts_NLD[:, layer]).pow(2).sum()
+        fvu = error / (acts_NLD[:, layer] - acts_NLD[:, layer].mean(0)).pow(2).sum()
+        assert fvu.item() == pytest.approx(info["layers"][str(layer)]["held_out_fvu"], rel=0.2)
+        beside = safetensors.torch.load_file(finished / f"layer_{layer}" / "fipo_statistics.safetensors")
+        assert beside["sigma_F"].shape == beside["silent_tokens_F"].shape == (64,) and beside["sigma_F"].max() > 0
+
+
+def test_finished_folder_is_never_touched(finished, values):
+    before = files(finished)
+    with pytest.raises(UserError, match="holds a finished run, which is never overwritten; name another folder or"):
+        start(finished, values)
+    assert files(finished) == before
+
+
+def test_same_command_twice_and_the_cache_is_used(tmp_path, finished, values, monkeypatch):
+    """The second time no text goes through the language model, and all weights come out the same, bit for bit."""
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+
+    def refuse(*_given):
+        raise AssertionError("the language model ran")
+
+    monkeypatch.setattr(LanguageModel, "activations", refuse)
+    again = start(tmp_path / "run_3", values)
+    assert weights(again) == weights(finished) and len(weights(again)) == 4
+    assert log(again, timeless=True) == log(finished, timeless=True)
+    old, new = (read_json(folder / "final_info.json") for folder in (finished, again))
+    assert new["eval_result_unstructured"] == old["eval_result_unstructured"]
+
+
+def test_another_seed_gives_other_weights(tmp_path, finished, values, monkeypatch):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    other = weights(start(tmp_path / "run_3", values, seed=1))
+    assert all(other[name] != content for name, content in weights(finished).items())
+
+
+@pytest.mark.parametrize("step", [3, 15, 32])
+def test_interrupted_run_goes_on_bit_for_bit(tmp_path, finished, values, monkeypatch, step):
+    """Before the first checkpoint, right at one, and between two (15 and 30 of 40 steps)."""
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    out_dir = tmp_path / "run_3"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, step)
+        start(out_dir, values)
+    assert not (out_dir / "final_info.json").exists() and (out_dir / loop.CHECKPOINT).exists() == (step >= 15)
+    logged = [line["step"] for line in log(out_dir)] if step >= 5 else []
+    assert logged == [s for s in range(5, step + 1, 5) for _ in (0, 1)]
+    steps = []
+    original = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda state, acts: steps.append(state.step) or original(state, acts))
+    start(out_dir, values)
+    assert steps[0] == step // 15 * 15 and steps[-1] == 39
+    assert weights(out_dir) == weights(finished)
+    assert log(out_dir, timeless=True) == log(finished, timeless=True)
+    assert files(out_dir).keys() == files(finished).keys()
+
+
+def test_interrupted_twice_and_in_probing(tmp_path, finished, values, monkeypatch):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    out_dir = tmp_path / "run_3"
+    for step in (20, 33):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_at(patch, step)
+            start(out_dir, values)
+
+    def stop(*_given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "probe", stop)
+        start(out_dir, values)
+    start(out_dir, values)
+    assert weights(out_dir) == weights(finished)
+    assert log(out_dir, timeless=True) == log(finished, timeless=True)
+
+
+def test_half_written_log_line_is_dropped_on_resume(tmp_path, finished, values, monkeypatch):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    out_dir = tmp_path / "run_3"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 32)
+        start(out_dir, values)
+    with open(out_dir / "training_log.jsonl", "a", encoding="utf-8") as opened:
+        opened.write('{"step": 35, "la')
+    start(out_dir, values)
+    assert log(out_dir, timeless=True) == log(finished, timeless=True)
+
+
+def test_packed_decoder_without_cache_resumes_exactly(tmp_path, packed_values, monkeypatch, own_cache):
+    """LiveSource and our own method; step 75 of 100 lies in the second pass over the text."""
+    straight = start(tmp_path / "straight" / "run_6", packed_values, checkpoint_every=70)
+    broken = tmp_path / "broken" / "run_6"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 75)
+        start(broken, packed_values, checkpoint_every=70)
+    start(broken, packed_values)
+    assert weights(broken) == weights(straight) and log(broken, timeless=True) == log(straight, timeless=True)
+    tokens = [read_json(path)["tokens"] for path in own_cache.glob("*/manifest.json")]
+    assert 200 in tokens and 1000 not in tokens  # held out and probing text only
+    info = read_json(straight / "final_info.json")
+    assert info["training_steps"] == 100 and info["sae_cfg_dict"]["architecture"] == "jumprelu"
+
+
+def test_probes_that_all_guess_are_an_error(tmp_path, values, monkeypatch):
+    """Every latent of one layer has died in training: accuracies of exactly 0.5."""
+    out_dir, original = tmp_path / "run_0", job.train_all
+
+    def deadly(*given):
+        states = original(*given)
+        states[1].sae.enc_bias_F.data.fill_(-1e6)
+        return states
+
+    monkeypatch.setattr(job, "train_all", deadly)
+    with pytest.raises(UserError, match="layer 1: every probe of the SAE scores exactly 0.5"):
+        start(out_dir, values)
+    assert not (out_dir / "final_info.json").exists()
+
+
+def test_too_few_steps_are_an_error(finished):
+    config = runs.resolve(finished, EXPERIMENTS)
+    layers = {1: read_json(finished / "final_info.json")["layers"]["1"]}
+    check_is_result(config, layers)
+    longer = dataclasses.replace(config, workload=dataclasses.replace(config.workload, train_tokens=1280 + 32))
+    with pytest.raises(UserError, match="layer 1 trained 40 of 41 steps"):
+        check_is_result(longer, layers)
+
+
+def test_table_beside_run_0(tmp_path, values, capsys):
+    start(tmp_path / "run_0", values)
+    assert "| run_0" not in capsys.readouterr().out
+    start(tmp_path / "run_1", values)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("SAE latents | model channels | run_0") == 2 and "k=5" in shown
+    baseline, info = (read_json(tmp_path / run / "final_info.json") for run in ("run_0", "run_1"))
+    for number in (0, 1):
+        row, old = (record["eval_result_details"][number] for record in (info, baseline))
+        cell = " | ".join(
+            f"{value:.3f}"
+            for value in (
+                row["sae_top_1_test_accuracy"],
+                row["llm_top_1_test_accuracy"],
+                old["sae_top_1_test_accuracy"],
+            )
+        )
+        assert cell in shown and row["dataset_name"].removesuffix("_results") in shown
+
+
+def test_mistakes_leave_no_folder_behind(tmp_path, values, own_cache, monkeypatch):
+    monkeypatch.setenv("FIPO_WORKLOAD", str(tmp_path / "workload.yaml"))
+    empty = tiny.write_parquet(tmp_path / "empty" / "train.parquet", {"text": ["", ""]}).parent
+    for change, text in (
+        ({"model": str(tmp_path / "none")}, "none does not exist"),
+        ({"layers": [7]}, "layer 7 of .* it has layers 0 to 2"),
+        ({"weights_sha256": "0" * 64}, "expected 0000"),
+        ({"text": values["text"] | {"source": str(tmp_path / "none")}}, "none does not exist"),
+        ({"text": values["text"] | {"source": str(empty)}}, "no content token"),
+        ({"text": values["text"] | {"tokens": 10**6}}, "1000000 were asked for"),
+    ):
+        tiny.write_workload(tmp_path / "workload.yaml", values | change)
+        with pytest.raises(UserError, match=text):
+            job.run(tmp_path / "run_0", EXPERIMENTS)
+        assert not (tmp_path / "run_0").exists()
+    assert all(path.name in ("workload.yaml", "empty") for path in tmp_path.iterdir())
+    assert not [path for path in own_cache.rglob("*") if ".tmp" in path.name]
+
+
+def test_mistakes_in_the_probing_text_are_told_before_training(tmp_path, values, monkeypatch):
+    """Not after minutes or days of it."""
+    probing = values["probing"] | {"datasets": [str(tmp_path / "none")]}
+    monkeypatch.setattr(loop, "train_step", lambda *_given: pytest.fail("trained first"))
+    with pytest.raises(UserError, match="probing dataset .*none is neither a folder nor known"):
+        start(tmp_path / "run_0", values | {"probing": probing})
+
+
+def test_full_disk_while_training_leaves_the_last_checkpoint(tmp_path, finished, values, monkeypatch):
+    """The second checkpoint does not fit; after that is put right the run goes on from the first."""
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    calls = []
+    original = safetensors.torch.save_file
+
+    def full(*given, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*given, **named)
+
+    out_dir = tmp_path / "run_3"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write .*checkpoint.*No space left"):
+        patch.setattr(checkpoint.safetensors.torch, "save_file", full)
+        start(out_dir, values)
+    assert int(checkpoint.load_tensors(out_dir / loop.CHECKPOINT)["layer_0/step"]) == 15
+    start(out_dir, values)
+    assert weights(out_dir) == weights(finished)
+
+
+def test_store_is_not_rewritten_while_it_is_whole(finished, values, monkeypatch, tmp_path):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    before = {path: path.stat().st_mtime_ns for path in store.cache_root().rglob("*")}
+    assert len(before) >= 12
+    start(tmp_path / "run_0", values)
+    assert {path: path.stat().st_mtime_ns for path in store.cache_root().rglob("*")} == before

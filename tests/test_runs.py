@@ -1,0 +1,163 @@
+"""fipo.runs: folder name, run file, config.yaml and FIPO_WORKLOAD make one config; every mistake names its key."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from fipo import runs
+from fipo.errors import UserError
+from fipo.records import to_dict
+from fipo.workloads import BUILT_IN
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+RUNS = [f"run_{number}" for number in range(7)]
+
+
+def resolve(tmp_path, own=None, run="run_0"):
+    """The config of tmp_path/run with `own` as its config.yaml."""
+    folder = tmp_path / run
+    folder.mkdir(exist_ok=True)
+    if own is not None:
+        (folder / "config.yaml").write_text(own if isinstance(own, str) else yaml.safe_dump(own), encoding="utf-8")
+    return runs.resolve(folder, EXPERIMENTS)
+
+
+@pytest.mark.parametrize("workload", sorted(BUILT_IN))
+def test_every_run_resolves_for_every_workload(tmp_path, monkeypatch, workload):
+    monkeypatch.setenv("FIPO_WORKLOAD", workload)
+    assert sorted(path.stem for path in EXPERIMENTS.glob("run_*.yaml")) == RUNS
+    for run in RUNS:
+        config = resolve(tmp_path, run=run)
+        assert config.run == run and config.workload == BUILT_IN[workload]
+
+
+def test_what_the_runs_switch_on(tmp_path):
+    """Issue 2, section 3."""
+    configs = [resolve(tmp_path, run=run) for run in RUNS]
+    parts = ("importance", "reservoir", "lsh", "penalty", "levels")
+    on = [[name for name in parts if getattr(config, name) is not None] for config in configs]
+    full = ["importance", "reservoir", "lsh", "penalty"]
+    assert on == [[], full[:2], full[:3], full, full, full, [*full, "levels"]]
+    assert [config.architecture for config in configs] == ["relu"] * 6 + ["batchtopk"]
+    assert all(config.lsh.autocast for config in configs[2:])
+    three, four, five, six = configs[3:]
+    assert four.importance.decay == 0.99 != three.importance.decay and four.penalty == three.penalty
+    assert five.penalty.weight == 0.1 != three.penalty.weight and five.importance == three.importance
+    assert six.levels.order == "importance" and len({config.seed for config in configs}) == 1
+
+
+def test_minilm_is_the_default_and_the_environment_chooses(tmp_path, monkeypatch):
+    assert resolve(tmp_path).workload.name == "minilm"
+    monkeypatch.setenv("FIPO_WORKLOAD", "pythia-70m")
+    assert resolve(tmp_path).workload.name == "pythia-70m"
+    assert resolve(tmp_path, {"workload": {"name": "gemma-2-2b"}}).workload.name == "gemma-2-2b"
+
+
+def test_last_name_of_the_folder_is_the_run(tmp_path):
+    assert resolve(tmp_path, run="run_3").run == "run_3"
+    with pytest.raises(UserError, match="run 'run_77' is unknown; .* one of run_0, .*run_6, or its config.yaml"):
+        runs.resolve(tmp_path / "run_77", EXPERIMENTS)
+    assert not (tmp_path / "run_77").exists()
+
+
+def test_config_in_the_folder_wins(tmp_path):
+    config = resolve(tmp_path, {"seed": 7, "penalty": {"weight": 0.5}, "workload": {"k": 3}}, run="run_3")
+    assert config.seed == 7 and config.workload.k == 3 and config.penalty.weight == 0.5
+    assert config.lsh is not None and config.workload.latents == BUILT_IN["minilm"].latents
+
+
+def test_null_switches_a_section_off(tmp_path):
+    config = resolve(tmp_path, {"penalty": None, "lsh": None}, run="run_3")
+    assert config.penalty is None and config.lsh is None and config.reservoir is not None
+
+
+def test_config_in_the_folder_names_the_run_file(tmp_path):
+    config = resolve(tmp_path, {"run": "run_3"}, run="my_own_name")
+    assert config.run == "run_3" and config.penalty is not None
+    with pytest.raises(UserError, match="run 'run_x' is unknown"):
+        resolve(tmp_path, {"run": "run_x"}, run="another")
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_saved_config_resolves_to_itself(tmp_path, monkeypatch, run):
+    config = resolve(tmp_path, {"workload": {"k": 5}, "seed": 3}, run=run)
+    runs.save(config, tmp_path / run)
+    monkeypatch.setenv("FIPO_WORKLOAD", "pythia-70m")  # the folder remembers its own
+    assert runs.resolve(tmp_path / run, EXPERIMENTS) == config
+    assert yaml.safe_load((tmp_path / run / "config.yaml").read_text()) == to_dict(config)
+
+
+def test_saved_config_keeps_a_section_off_that_the_run_file_has_on(tmp_path):
+    config = resolve(tmp_path, {"penalty": None}, run="run_3")
+    runs.save(config, tmp_path / "run_3")
+    assert runs.resolve(tmp_path / "run_3", EXPERIMENTS) == config
+
+
+@pytest.mark.parametrize(
+    ("own", "text"),
+    [
+        ({"seeed": 1}, "seeed"),
+        ({"workload": {"layer": [1]}}, "workload.layer "),
+        ({"workload": {"text": {"souce": "x"}}}, "workload.text.souce"),
+        ({"penalty": {"wait": 1}}, "penalty.wait"),
+        ({"workload": {"latents": 0}}, r"workload.latents \(F\) is 0; expected a positive"),
+        ({"workload": {"k": 0}}, "workload.k is 0; expected a positive"),
+        ({"workload": {"k": 4000}}, "workload.k is 4000; expected at most workload.latents = 3072"),
+        ({"workload": {"latents": 40}}, "workload.probing.ks .* at most workload.latents = 40"),
+        ({"workload": {"layers": []}}, "workload.layers"),
+        ({"workload": {"layers": [-1]}}, "workload.layers"),
+        ({"workload": {"layers": [1, 1]}}, "workload.layers"),
+        ({"workload": {"train_tokens": 10}}, "workload.train_tokens is 10; .* zero steps"),
+        ({"workload": {"dtype": "int8"}}, "workload.dtype is 'int8'; expected one of float32"),
+        ({"workload": {"probing": {"ks": [0]}}}, "probing.ks"),
+        ({"workload": {"text": {"source": ""}}}, "text.source"),
+        ({"workload": {"k": "many"}}, "workload.k is 'many'; expected int"),
+        ({"workload": "tiny"}, "workload 'tiny' is unknown; FIPO_WORKLOAD takes minilm, pythia-70m, gemma-2-2b"),
+        ({"workload": [1]}, "workload .* is unknown"),
+        ({"architecture": "gated"}, "architecture is 'gated'; expected one of relu"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": True}, "seed is True"),
+        ({"lsh": {}}, "lsh is 'on'; expected importance as well"),
+        ({"importance": {"decay": float("nan")}}, "importance.decay is nan"),
+        ("[1, 2]", "config.yaml holds list; expected a mapping"),
+        ("a: [", "config.yaml is not readable YAML"),
+        ("seed: !!python/object/apply:os.system ['true']", "config.yaml is not readable YAML: could not determine a"),
+        ("seed: !own 3", "config.yaml is not readable YAML: could not determine a constructor"),
+    ],
+)
+def test_bad_config_names_its_key(tmp_path, own, text):
+    with pytest.raises(UserError, match=text) as caught:
+        resolve(tmp_path, own)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_that_is_no_text(tmp_path):
+    (tmp_path / "run_0").mkdir()
+    (tmp_path / "run_0" / "config.yaml").write_bytes(b"\xff\xfe\x00\x01\x80")
+    with pytest.raises(UserError, match="config.yaml is not readable YAML"):
+        resolve(tmp_path)
+
+
+def test_unknown_workload(tmp_path, monkeypatch):
+    monkeypatch.setenv("FIPO_WORKLOAD", "nosuch")
+    with pytest.raises(UserError, match="workload 'nosuch' is unknown; FIPO_WORKLOAD takes minilm"):
+        resolve(tmp_path)
+
+
+def test_workload_from_a_file(tmp_path, monkeypatch):
+    values = tiny.workload_values(Path("model"), Path("text"), [Path("labelled")])
+    monkeypatch.setenv("FIPO_WORKLOAD", str(tiny.write_workload(tmp_path / "mine.yaml", values)))
+    config = resolve(tmp_path, {"workload": {"k": 7}})
+    assert config.workload.name == "tiny" and config.workload.k == 7 and config.workload.layers == (0, 1)
+    runs.save(config, tmp_path / "run_0")
+    (tmp_path / "mine.yaml").unlink()
+    monkeypatch.delenv("FIPO_WORKLOAD")
+    assert runs.resolve(tmp_path / "run_0", EXPERIMENTS) == config
+
+
+def test_merge_goes_key_by_key_and_leaves_its_inputs():
+    below, above = {"a": {"b": 1, "c": 2}, "d": [1, 2]}, {"a": {"c": 3}, "d": [3], "e": None}
+    assert runs.merge(below, above) == {"a": {"b": 1, "c": 3}, "d": [3], "e": None}
+    assert below == {"a": {"b": 1, "c": 2}, "d": [1, 2]}

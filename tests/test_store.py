@@ -1,0 +1,152 @@
+"""fipo.data.store: what was harvested is read back, found again under its key alone, whole or not at all."""
+
+import pytest
+import torch
+from toys import seeded
+
+from fipo.data import store
+from fipo.data.harvest import Chunk
+from fipo.data.store import cache_root, open_or_harvest
+from fipo.errors import UserError
+
+LAYERS, WIDTH = 2, 3
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(store, "SHARD_TOKENS", 10)
+
+
+def chunks(sizes=(7, 16, 1, 13), dtype=torch.float32):
+    generator, text = seeded(), 0
+    for size in sizes:
+        acts_NLD = torch.randn(size, LAYERS, WIDTH, generator=generator).to(dtype)
+        yield Chunk(acts_NLD, torch.arange(text, text + size) // 3)
+        text += size
+
+
+def whole(sizes=(7, 16, 1, 13), dtype=torch.float32):
+    return torch.cat([chunk.acts_NLD for chunk in chunks(sizes, dtype)])
+
+
+def never():
+    raise AssertionError("harvested again")
+
+
+def contents(folder):
+    return sorted(path.relative_to(folder) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_over_several_shards(dtype):
+    made = open_or_harvest({"key": 1}, lambda: chunks(dtype=dtype), tokens=None)
+    expected = whole(dtype=dtype)
+    assert made.tokens == 37 and len(made.manifest["shards"]) == 4
+    assert torch.equal(made.read(0, 37), expected) and made.read(0, 37).dtype == dtype
+    for start, count in ((0, 1), (9, 2), (3, 30), (10, 10), (36, 1)):
+        assert torch.equal(made.read(start, count), expected[start : start + count])
+    assert torch.equal(torch.cat(list(made.batches(8))), expected)
+    assert torch.equal(made.texts(), torch.cat([chunk.text_N for chunk in chunks()]))
+
+
+def test_gather_in_any_order():
+    made = open_or_harvest({"key": 1}, chunks, tokens=None)
+    for places in ([36, 0, 19, 20, 5, 5, 10], [3], [], list(range(36, -1, -1))):
+        places_N = torch.tensor(places, dtype=torch.int64)
+        assert torch.equal(made.gather(places_N), whole()[places_N])
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 10, 11, 20, 36, 37])
+def test_keeps_as_many_as_asked(tokens):
+    made = open_or_harvest({"key": 1}, chunks, tokens)
+    assert made.tokens == tokens == len(made.texts())
+    assert torch.equal(made.read(0, tokens), whole()[:tokens])
+
+
+def test_reads_no_further_than_needed():
+    def endless():
+        yield from chunks()
+        never()
+
+    assert open_or_harvest({"key": 1}, endless, tokens=37).tokens == 37
+
+
+def test_found_again_without_harvest():
+    first = open_or_harvest({"key": 1, "layers": [0, 1]}, chunks, tokens=20)
+    again = open_or_harvest({"layers": [0, 1], "key": 1}, never, tokens=20)
+    assert again.folder == first.folder and torch.equal(again.read(0, 20), whole()[:20])
+
+
+def test_another_key_is_another_store(monkeypatch):
+    first = open_or_harvest({"key": 1}, chunks, tokens=20)
+    other = open_or_harvest({"key": 2}, lambda: chunks((30,)), tokens=20)
+    assert other.folder != first.folder and not torch.equal(other.read(0, 20), first.read(0, 20))
+    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    assert open_or_harvest({"key": 1}, chunks, tokens=20).folder not in (first.folder, other.folder)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "deleted", "manifest"])
+def test_damaged_store_is_harvested_again(damage):
+    first = open_or_harvest({"key": 1}, chunks, tokens=None)
+    shard = first.folder / first.manifest["shards"][1]["file"]
+    content = bytearray(shard.read_bytes())
+    if damage == "flipped":
+        content[-1] ^= 1
+        shard.write_bytes(content)
+    elif damage == "truncated":
+        shard.write_bytes(content[:-4])
+    elif damage == "deleted":
+        shard.unlink()
+    else:
+        (first.folder / "manifest.json").write_text("{")
+    calls = []
+
+    def produce():
+        calls.append(1)
+        return chunks()
+
+    again = open_or_harvest({"key": 1}, produce, tokens=None)
+    assert calls == [1] and torch.equal(again.read(0, 37), whole())
+    assert open_or_harvest({"key": 1}, never, tokens=None).tokens == 37
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_interrupted_harvest_leaves_nothing(own_cache, error):
+    def breaks():
+        yield from chunks()
+        raise error
+
+    with pytest.raises(error):
+        open_or_harvest({"key": 1}, breaks, tokens=None)
+    assert contents(own_cache) == []
+    assert open_or_harvest({"key": 1}, chunks, tokens=None).tokens == 37
+
+
+def test_nothing_to_keep(own_cache):
+    for empty in ((), (0, 0)):
+        with pytest.raises(UserError, match="no content token: it is empty, or holds special tokens only"):
+            open_or_harvest({"key": 1}, lambda empty=empty: chunks(empty), tokens=5)
+    assert contents(own_cache) == []
+
+
+def test_text_too_short(own_cache):
+    with pytest.raises(UserError, match="ends after 37 content tokens; 38 were asked for"):
+        open_or_harvest({"key": 1}, chunks, tokens=38)
+    assert contents(own_cache) == []
+
+
+def test_cache_is_where_the_environment_says(own_cache, monkeypatch, tmp_path):
+    assert open_or_harvest({"key": 1}, chunks, tokens=None).folder.parent == own_cache == cache_root()
+    monkeypatch.delenv("FIPO_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_root() == tmp_path / "fipo"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_root() == tmp_path / "home" / ".cache" / "fipo"
+
+
+def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FIPO_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="cannot write .*file/cache"):
+        open_or_harvest({"key": 1}, chunks, tokens=None)

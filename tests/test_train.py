@@ -1,0 +1,346 @@
+"""fipo.train and fipo.randomness: the step as a whole. Resume is bitwise, measuring is free, phases hold."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import toys
+
+from fipo import objective
+from fipo.checkpoint import load_tensors, save_tensors
+from fipo.config import Levels, Optimiser, RunConfig
+from fipo.errors import UserError
+from fipo.metrics import max_cosines, quality
+from fipo.randomness import generator_for
+from fipo.train import TrainState, decoder_only, latent_levels, learning_rate, penalty_share, train_step
+
+RUNS = ["run_0", "run_3", "run_6", "jumprelu", "topk"]
+
+
+def run(state: TrainState, batches: list[torch.Tensor]) -> TrainState:
+    for acts_BD in batches:
+        train_step(state, acts_BD)
+    return state
+
+
+def snapshot(state: TrainState) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in state.state_dict().items()}
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name, value in one.items() if not torch.equal(value, other[name])]
+
+
+def with_long_dead(state: TrainState, latents: list[int]) -> TrainState:
+    """Silence these latents for good, as if they had long been."""
+    state.sae.enc_bias_F.data[latents] = -100.0
+    state.importance.silent_tokens_F[latents] = 10**6
+    return state
+
+
+# The loss
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_terms_are_the_ones_switched_on_and_sum_to_the_total(name):
+    state = with_long_dead(toys.fresh(toys.run_config(name)), [2, 3])
+    for acts_BD in toys.activations(2):
+        terms = train_step(state, acts_BD).terms
+    assert terms.total.item() == pytest.approx(sum(term.item() for term in terms), rel=1e-6)
+    on = {field for field, term in terms._asdict().items() if term > 0}
+    expected = {
+        "run_0": {"sparsity"},
+        "run_3": {"sparsity", "orthogonality"},
+        "run_6": {"auxiliary", "orthogonality"},
+        "jumprelu": {"sparsity"},
+        "topk": set(),
+    }
+    assert on == {"reconstruction"} | expected[name]
+
+
+def test_the_optimiser_sees_the_sum_of_the_terms(monkeypatch):
+    """Gradients of one step equal those of the terms added by hand."""
+    config = toys.run_config("run_3")
+    config = replace(config, optimiser=replace(config.optimiser, clip=1e9))
+    state, twin = run(toys.fresh(config), toys.activations(2)), run(toys.fresh(config), toys.activations(2))
+    (acts_BD,) = toys.activations(1, seed=8)
+    monkeypatch.setattr(state.sae, "project_decoder_gradient", lambda: None)
+    train_step(state, acts_BD)
+    sae, share = twin.sae, penalty_share(config, 2)
+    codes_BF = (acts_BD @ sae.enc_DF + sae.enc_bias_F).relu()
+    loss = (acts_BD - codes_BF @ sae.dec_FD - sae.dec_bias_D).pow(2).mean()
+    loss = loss + share * 0.01 * (codes_BF.sum(1).mean())
+    omega = objective.orthogonality(sae.dec_FD, twin.importance.values(), twin.pairs_P2)
+    loss = loss + share * 0.3 * omega
+    twin.optimizer.zero_grad()
+    loss.backward()
+    assert torch.allclose(sae.enc_DF.grad, state.sae.enc_DF.grad, atol=1e-6)
+    along_FD = 0.01 * share * codes_BF.detach().mean(0)[:, None] * sae.dec_FD.detach()
+    assert torch.allclose(sae.dec_FD.grad + along_FD, state.sae.dec_FD.grad, atol=1e-6), "L1 also pulls at the norm"
+
+
+def test_reports_measure_the_step_s_batch():
+    state = toys.fresh(toys.run_config("topk"))
+    (acts_BD,) = toys.activations(1)
+    with torch.no_grad():
+        state.sae.train()
+        x_hat_BD, codes_BF = state.sae(acts_BD), state.sae.encode(acts_BD)
+    report = train_step(state, acts_BD)
+    assert report.fvu == pytest.approx(((acts_BD - x_hat_BD).pow(2).sum() / acts_BD.pow(2).sum()).item(), rel=1e-5)
+    assert report.l0 == (codes_BF > 0).sum().item() / toys.BATCH
+    assert not any(term.requires_grad for term in report.terms) and not report.x_hat_BD.requires_grad
+
+
+# Nothing outside the state matters
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_resume_is_bitwise_and_a_fresh_run_is_not(name, tmp_path):
+    """12 steps = 7 + save + load into a fresh state + 5; the split is between two refreshes of the pairs."""
+    config, batches = toys.run_config(name, steps=12), toys.activations(12)
+    dead = [1, 5, 6, 9]
+    whole = run(with_long_dead(toys.fresh(config), dead), batches)
+    first = run(with_long_dead(toys.fresh(config), dead), batches[:7])
+    save_tensors(tmp_path / "state.safetensors", first.state_dict())
+    second = toys.fresh(config)
+    second.load_state_dict(load_tensors(tmp_path / "state.safetensors"))
+    assert not differing(snapshot(first), snapshot(second))
+    run(second, batches[7:])
+    assert not differing(snapshot(whole), snapshot(second))
+    without = run(toys.fresh(config), batches[7:])
+    assert {"sae.dec_FD", "sae.enc_DF", "adam.dec_FD.exp_avg", "importance.mean_F", "step"} <= set(
+        differing(snapshot(whole), snapshot(without))
+    )
+    if name in ("run_3", "run_6"):
+        assert len(first.pairs_P2) > 5, "else the pairs would not be tested"
+
+
+def test_state_dict_of_a_fresh_state_loads():
+    config = toys.run_config("run_6")
+    state, other = toys.fresh(config), toys.fresh(replace(config, seed=7))
+    other.load_state_dict(snapshot(state))
+    assert not differing(snapshot(run(state, toys.activations(3))), snapshot(run(other, toys.activations(3))))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_measuring_does_not_change_training(name):
+    config, batches, held_out = toys.run_config(name), toys.activations(12), toys.activations(2, seed=9)
+    plain, measured = toys.fresh(config), toys.fresh(config)
+    for acts_BD in batches:
+        train_step(plain, acts_BD)
+        for _ in range(2):
+            quality(measured.sae, held_out)
+        report = train_step(measured, acts_BD)
+        for _ in range(2):
+            assert report.fvu > 0 and report.l0 > 0
+            quality(measured.sae, held_out)
+            max_cosines(measured.sae.dec_FD)
+            measured.importance.values()
+            measured.state_dict()
+        assert not differing(snapshot(plain), snapshot(measured))
+
+
+def test_two_equal_runs_are_bitwise_equal_and_other_seeds_are_not():
+    config, batches = toys.run_config("run_6"), toys.activations(5)
+    one, same, other = (run(toys.fresh(c), batches) for c in (config, config, replace(config, seed=43)))
+    assert not differing(snapshot(one), snapshot(same))
+    assert not torch.equal(one.sae.dec_FD, other.sae.dec_FD)
+
+
+def test_every_purpose_has_a_stream_of_its_own():
+    purposes = [(42, "init", 0), (42, "init", 1), (42, "train", 0), (43, "init", 0), (42, "init"), (4, "2", "init", 0)]
+    draws = {purpose: torch.rand(4, generator=generator_for(*purpose)) for purpose in purposes}
+    assert len({tuple(draw.tolist()) for draw in draws.values()}) == len(purposes)
+    assert torch.equal(draws[42, "init", 0], torch.rand(4, generator=generator_for(42, "init", 0)))
+
+
+def test_the_global_generator_is_left_alone():
+    before = torch.get_rng_state()
+    run(toys.fresh(toys.run_config("run_6")), toys.activations(4))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_fresh_sae_does_not_start_at_a_planted_dictionary_of_the_same_seed():
+    """The trap of METHOD 4b: truth drawn from the run's own seed."""
+    truth_FD = torch.randn(toys.LATENTS, toys.WIDTH, generator=torch.Generator().manual_seed(42))
+    truth_FD /= truth_FD.norm(dim=1, keepdim=True)
+    overlap_F = (toys.fresh(toys.run_config("run_0")).sae.dec_FD @ truth_FD.T).amax(1)
+    assert overlap_F.mean() < 0.85 and overlap_F.max() < 0.999
+
+
+# Weights
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_decoder_rows_have_unit_norm_after_every_step(name):
+    state = toys.fresh(toys.run_config(name))
+    for acts_BD in toys.activations(12):
+        before_FD = state.sae.dec_FD.detach().clone()
+        train_step(state, acts_BD)
+        assert torch.allclose(state.sae.dec_FD.norm(dim=1), torch.ones(toys.LATENTS), atol=1e-6)
+        assert not torch.equal(before_FD, state.sae.dec_FD)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "relu"])
+def test_last_phase_leaves_the_encoder_bitwise_and_trains_the_decoder(architecture):
+    config = toys.run_config("run_6", architecture=architecture, levels=Levels(shares=(0.5, 1.0), decoder_only=0.25))
+    batches = toys.activations(12)
+    state = run(toys.fresh(config), batches[:9])
+    assert not decoder_only(config, 8) and decoder_only(config, 9)
+    encoder = [name for name, _ in state.sae.named_parameters() if name not in ("dec_FD", "dec_bias_D")]
+    before = snapshot(state)
+    for acts_BD in batches[9:]:
+        report = train_step(state, acts_BD)
+        assert report.terms.sparsity == 0 and report.terms.auxiliary == 0 and report.terms.orthogonality > 0
+        squared = (report.x_BD - report.x_hat_BD).pow(2).mean()
+        assert report.terms.reconstruction.item() == pytest.approx(squared.item()), "plain, without levels"
+    changed = differing(before, snapshot(state))
+    assert len(encoder) >= 2 and not {f"sae.{name}" for name in encoder} & set(changed)
+    assert {"sae.dec_FD", "sae.dec_bias_D"} <= set(changed)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update():
+    state = run(toys.fresh(toys.run_config("run_3")), toys.activations(3))
+    before = snapshot(state)
+    bad_BD = toys.activations(1, seed=4)[0]
+    bad_BD[3, 2] = torch.inf
+    with pytest.raises(UserError, match=r"step 3: the loss is not finite \(reconstruction, sparsity\)"):
+        train_step(state, bad_BD)
+    after = snapshot(state)
+    changed = differing(before, after)
+    assert not [name for name in changed if name.startswith(("sae.", "adam.", "importance.", "reservoir."))]
+
+
+def test_gradients_are_clipped():
+    config = toys.run_config("topk", optimiser=Optimiser(autocast=False, clip=0.01))
+    state = toys.fresh(config)
+    train_step(state, [100 * batch for batch in toys.activations(1)][0])
+    norm = torch.stack([p.grad.norm() for p in state.sae.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_autocast_is_close_to_float32():
+    config, batches = toys.run_config("run_6"), toys.activations(6)
+    exact = run(toys.fresh(config), batches)
+    cast = run(toys.fresh(replace(config, optimiser=Optimiser(autocast=True))), batches)
+    assert not torch.equal(exact.sae.dec_FD, cast.sae.dec_FD)
+    cosines_F = (exact.sae.dec_FD * cast.sae.dec_FD).sum(1)
+    assert cosines_F.mean() > 0.99 and cast.sae.dec_FD.dtype == torch.float32
+
+
+# Schedules
+
+
+def test_learning_rate_rises_stays_and_falls():
+    config = toys.run_config("run_0", steps=100, optimiser=Optimiser(warmup=0.1, decay=0.2))
+    rates = [learning_rate(config, step) / 0.01 for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10:81] == pytest.approx([1.0] * 71)
+    assert rates[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 100)])
+
+
+def test_learning_rate_of_the_schedule_is_the_optimiser_s():
+    state = toys.fresh(toys.run_config("run_0", steps=100, optimiser=Optimiser(warmup=0.1)))
+    run(state, toys.activations(3))
+    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.3)
+
+
+@pytest.mark.parametrize(("warmup", "expected"), [(0.0, [1.0] * 4), (0.2, [0.5, 1, 1, 1]), (1.0, [0.1, 0.2, 0.3, 0.4])])
+def test_penalty_share_rises_over_the_warm_up(warmup, expected):
+    config = toys.run_config("run_0", steps=10, optimiser=Optimiser(penalty_warmup=warmup))
+    assert [penalty_share(config, step) for step in range(4)] == pytest.approx(expected)
+
+
+def test_decoder_only_is_the_last_share_of_the_steps():
+    config = toys.run_config("run_6", steps=20, levels=Levels(decoder_only=0.25))
+    assert [decoder_only(config, step) for step in range(20)] == [False] * 15 + [True] * 5
+    never = replace(config, levels=Levels(decoder_only=0.0))
+    assert not any(decoder_only(never, step) for step in range(20))
+    assert not decoder_only(toys.run_config("run_3"), 11)
+
+
+# Levels, pairs, revival
+
+
+def test_levels_follow_the_rank_in_importance_or_the_index():
+    config = toys.run_config("run_6", levels=Levels(shares=(0.25, 0.5, 1.0)))
+    state = toys.fresh(config)
+    state.importance.collect(torch.rand(5, toys.LATENTS, generator=toys.seeded()))
+    state.importance.commit()
+    sigma = state.importance.values().tolist()
+    ranked = sorted(range(toys.LATENTS), key=sigma.__getitem__, reverse=True)
+    expected = [0] * toys.LATENTS
+    for rank, latent in enumerate(ranked):
+        expected[latent] = 0 if rank < 4 else 1 if rank < 8 else 2
+    assert latent_levels(state).tolist() == expected
+    fixed = toys.fresh(replace(config, levels=Levels(order="fixed", shares=(0.25, 0.5, 1.0))))
+    assert latent_levels(fixed).tolist() == [0] * 4 + [1] * 4 + [2] * 8
+
+
+def test_a_share_below_one_latent_still_gives_every_latent_a_level():
+    state = toys.fresh(toys.run_config("run_6", levels=Levels(order="fixed", shares=(0.001, 0.002, 0.5, 1.0))))
+    levels_F = latent_levels(state)
+    assert levels_F[0] == 0 and levels_F[1:8].tolist() == [2] * 7 and levels_F[8:].tolist() == [3] * 8
+
+
+def test_pairs_are_mined_every_n_steps():
+    state, seen = toys.fresh(toys.run_config("run_3")), []
+    for acts_BD in toys.activations(11):
+        train_step(state, acts_BD)
+        seen.append(state.pairs_P2)
+    assert [step for step in range(1, 11) if seen[step] is not seen[step - 1]] == [5, 10]
+
+
+def test_revival_points_dead_latents_at_the_reservoir_and_resets_their_clock():
+    dead = [2, 7, 11]
+    state = with_long_dead(toys.fresh(toys.run_config("run_3", steps=100)), dead)
+    batches = toys.activations(3)
+    run(state, batches[:2])
+    assert (state.importance.silent_tokens_F[dead] >= 10**6).all()
+    train_step(state, batches[2])
+    held_RD = state.reservoir.contents()[:3]
+    assert any(torch.equal(held_RD[0], row_D) for row_D in torch.cat(batches)), "the reservoir holds training tokens"
+    assert torch.allclose(state.sae.dec_FD[dead], held_RD / held_RD.norm(dim=1, keepdim=True))
+    assert not state.importance.silent_tokens_F[dead].any() and not state.sae.enc_bias_F[dead].any()
+    for parameter, index in ((state.sae.dec_FD, dead), (state.sae.enc_DF, (slice(None), dead))):
+        moments = state.optimizer.state[parameter]
+        assert not moments["exp_avg"][index].any() and not moments["exp_avg_sq"][index].any()
+    assert (state.sae.encode(held_RD)[range(3), dead] > 0).all()
+
+
+def test_the_clock_of_a_latent_that_could_not_be_revived_runs_on():
+    """More dead latents than tokens in the reservoir: the rest stay dead and wait."""
+    config = toys.run_config("run_3", steps=100)
+    config = replace(config, reservoir=replace(config.reservoir, slots=2))
+    dead = [2, 7, 11]
+    state = run(with_long_dead(toys.fresh(config), dead), toys.activations(3))
+    assert state.sae.enc_bias_F[11] < -99 and not state.sae.enc_bias_F[[2, 7]].any()
+    assert state.importance.silent_tokens_F[11] >= 10**6
+
+
+def test_no_revival_in_the_last_fifth():
+    state = with_long_dead(toys.fresh(toys.run_config("run_3", steps=12)), [2])
+    run(state, toys.activations(10))
+    state.importance.silent_tokens_F[2] = 10**6
+    state.sae.enc_bias_F.data[2] = -100.0
+    run(state, toys.activations(2))
+    assert state.importance.silent_tokens_F[2] > 10**6
+
+
+# Learning
+
+
+def planted_config(name: str, steps: int) -> RunConfig:
+    toy = toys.workload(steps, batch_tokens=64, train_tokens=64 * steps, latents=32, k=2, dead_tokens=640)
+    toy = replace(toy, text=replace(toy.text, buffer_tokens=64))
+    return toys.run_config(name, workload=toy)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_training_on_planted_features_explains_them(name):
+    state, batches = toys.fresh(planted_config(name, 300), width=16), toys.planted(304)
+    before = quality(state.sae, batches[300:])
+    run(state, batches[:300])
+    after = quality(state.sae, batches[300:])
+    assert after.fvu < 0.3 < before.fvu and after.fvu < 0.5 * before.fvu
