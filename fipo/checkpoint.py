@@ -1,4 +1,4 @@
-"""Checkpoints: flat tensors in one safetensors file, written whole or not at all. No pickle; knows no SAE."""
+"""Tensors on disk: flat names in one safetensors file, written whole or not at all. No pickle; knows no SAE."""
 
 from pathlib import Path
 
@@ -9,18 +9,24 @@ from torch import Tensor
 from fipo.errors import UserError
 from fipo.files import replacing
 
-FORMAT = "fipo-checkpoint-1"
-
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write named tensors atomically; views and devices do not matter."""
+    with replacing(path) as temporary:
+        write_tensors(temporary, tensors)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors to a path that nobody reads yet."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     owned, seen = {}, set()
     for name, tensor in plain.items():
         owned[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in seen else tensor
         seen.add(tensor.untyped_storage().data_ptr())
-    with replacing(path) as temporary:
-        safetensors.torch.save_file(owned, temporary, metadata={"format": FORMAT})
+    try:
+        safetensors.torch.save_file(owned, path)
+    except safetensors.SafetensorError as error:  # its name for a full disk
+        raise OSError(str(error)) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fipo.config import RunConfig
-from fipo.data.labelled import LabelledText, load_labelled
+from fipo.data.labelled import LabelledText
 from fipo.data.lm import LanguageModel
 from fipo.data.prepare import probe_activations
 from fipo.data.store import ActivationStore
@@ -28,15 +28,17 @@ Accuracies = dict[str, dict[str, dict[str, float]]]
 
 
 def probe(
-    config: RunConfig, lm: LanguageModel, folders: dict[int, Path], end_phase: Callable[[str], None]
+    config: RunConfig,
+    lm: LanguageModel,
+    data: list[LabelledText],
+    folders: dict[int, Path],
+    end_phase: Callable[[str], None],
 ) -> dict[int, Accuracies]:
     """Accuracies of the SAE saved in each layer's folder, beside the model's own channels.
 
     `end_phase` is called when the time spent so far belongs to a phase: `harvest` or `probing`.
     """
     saes = {layer: load_sae(folder) for layer, folder in folders.items()}
-    probing = config.workload.probing
-    data = [load_labelled(name, probing, config.seed) for name in probing.datasets]
     stores = []
     with progress("probe text", sum(len(one.texts) for one in data), "texts") as advance:
         for one in data:

@@ -13,14 +13,13 @@ file beside it, since SAELens refuses unknown tensors. Nothing is ever unpickled
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from fipo.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
-from fipo.checkpoint import load_tensors
+from fipo.checkpoint import load_tensors, save_tensors
 from fipo.errors import UserError
-from fipo.files import read_json, replacing, write_json
+from fipo.files import read_json, write_json
 from fipo.sae import SAE
 
 SAELENS_VERSION = "6.54.12"
@@ -84,10 +83,8 @@ def save_sae(
             "neuronpedia_id": None,
         },
     }
-    with replacing(folder / "sae_weights.safetensors") as temporary:
-        safetensors.torch.save_file(tensors, temporary)
-    with replacing(folder / "fipo_statistics.safetensors") as temporary:
-        safetensors.torch.save_file({name: t.detach().cpu().contiguous() for name, t in beside.items()}, temporary)
+    save_tensors(folder / "sae_weights.safetensors", tensors)
+    save_tensors(folder / "fipo_statistics.safetensors", beside)
     write_json(folder / "cfg.json", config)
     return config
 

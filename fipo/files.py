@@ -45,6 +45,9 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
     except OSError as error:

@@ -15,6 +15,7 @@ import torch
 
 from fipo import report, runs
 from fipo.config import RunConfig
+from fipo.data.labelled import load_labelled
 from fipo.data.lm import LanguageModel
 from fipo.data.prepare import training_activations
 from fipo.data.store import ActivationStore
@@ -61,6 +62,7 @@ def run(out_dir: Path, experiments: Path) -> None:
             weights_sha256=workload.weights_sha256,
             device=device,
         )
+        probed = [load_labelled(name, workload.probing, config.seed) for name in workload.probing.datasets]
         phases.end("set_up")
         held_out, source = training_activations(workload.text, lm)
         phases.end("harvest")
@@ -69,7 +71,7 @@ def run(out_dir: Path, experiments: Path) -> None:
         sae_configs = {layer: export(config, layer, state, out_dir) for layer, state in states.items()}
         measures = {layer: measure(state, held_out, place) for place, (layer, state) in enumerate(states.items())}
         phases.end("training")
-        accuracies = probe(config, lm, {layer: out_dir / f"layer_{layer}" for layer in states}, phases.end)
+        accuracies = probe(config, lm, probed, {layer: out_dir / f"layer_{layer}" for layer in states}, phases.end)
         phases.end("probing")
         lines = {line["layer"]: line for line in read_log(out_dir / LOG)}
         layers = {

@@ -51,6 +51,8 @@ def quality(sae: SAE, batches: Iterable[Tensor]) -> Quality:
         fired_F |= (codes_BF > 0).any(0)
         tokens += acts_BD.shape[0]
     sae.train(mode)
+    if tokens == 0:
+        raise ValueError("quality: no activations were given")
     variance = square - sum_D.pow(2).sum().item() / tokens
     return Quality(error / variance, active / tokens, 1 - fired_F.double().mean().item(), int(tokens))
 

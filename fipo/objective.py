@@ -39,13 +39,13 @@ def nested_reconstructions(parts_BMD: Tensor, bias_D: Tensor, stop_gradient: flo
 
     x̂_m = s·sg(x̂_{m-1}) + (1-s)·x̂_{m-1} + part_m. The values do not depend on s; the gradient does: with s = 0 later
     levels pull at earlier latents (Matryoshka, Bussmann et al. 2025), with s = 1 each level learns only what the more
-    important ones left.
+    important ones left. The bias belongs to the first level.
     """
-    x_hat_BD, levels = bias_D.expand(parts_BMD.shape[0], -1), []
-    for part_BD in parts_BMD.unbind(1):
-        kept_BD = x_hat_BD if stop_gradient == 0 else torch.lerp(x_hat_BD, x_hat_BD.detach(), stop_gradient)
-        x_hat_BD = kept_BD + part_BD
-        levels.append(x_hat_BD)
+    first_BD, *later = parts_BMD.unbind(1)
+    levels = [bias_D + first_BD]
+    for part_BD in later:
+        x_hat_BD = levels[-1]
+        levels.append(torch.lerp(x_hat_BD, x_hat_BD.detach(), stop_gradient) + part_BD)
     return levels
 
 

@@ -15,11 +15,11 @@ from fipo.sae import SAE
 @torch.no_grad()
 def revive(
     sae: SAE, optimizer: torch.optim.Optimizer, dead_F: Tensor, candidates_RD: Tensor, encoder_scale: float
-) -> int:
-    """Point the dead latents at the first of `candidates_RD` (standardised inputs); returns how many were revived."""
+) -> Tensor:
+    """Point dead latents at the first of `candidates_RD` (standardised inputs), one each; returns those latents."""
     latents = dead_F.nonzero().squeeze(1)[: candidates_RD.shape[0]]
     if latents.numel() == 0:
-        return 0
+        return latents
     inputs_ND = candidates_RD[: latents.shape[0]]
     unit_ND = inputs_ND / inputs_ND.norm(dim=1, keepdim=True).clamp_min(1e-12)
     live_F = ~dead_F
@@ -31,4 +31,4 @@ def revive(
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in optimizer.state[parameter]:
                 optimizer.state[parameter][moment].index_fill_(dimension, latents, 0.0)
-    return latents.numel()
+    return latents

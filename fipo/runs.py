@@ -12,9 +12,9 @@ from typing import Any
 
 from fipo.config import RunConfig
 from fipo.errors import UserError
-from fipo.files import write_text
 from fipo.records import from_dict, to_dict
 from fipo.workloads import find_workload
+from fipo.yamlfile import read_yaml, write_yaml
 
 
 def resolve(out_dir: Path, experiments: Path) -> RunConfig:
@@ -41,9 +41,7 @@ def resolve(out_dir: Path, experiments: Path) -> RunConfig:
 
 def save(config: RunConfig, out_dir: Path) -> None:
     """Write the resolved config where `resolve` finds it again."""
-    import yaml
-
-    write_text(out_dir / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
+    write_yaml(out_dir / "config.yaml", to_dict(config))
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -53,18 +51,3 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merge(merged[key], value) if both else value
     return merged
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping from a YAML file; plain values only, tags are refused."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} is not readable YAML: {error}") from error
-    if not isinstance(values or {}, dict):
-        raise UserError(f"{path} holds {type(values).__name__}; expected a mapping of keys to values")
-    return values or {}

@@ -149,11 +149,11 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
             pre_BF = sae.pre_codes(x_BD)
             codes_BF = sae.activation(pre_BF)
         terms, x_hat_BD = loss_terms(state, x_BD, pre_BF, codes_BF, frozen)
-    check_finite(state, terms)
     state.optimizer.zero_grad()
     terms.total.backward()
     sae.project_decoder_gradient()
-    torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
+    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
+    check_finite(state, terms, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
     state.optimizer.step()
@@ -249,15 +249,15 @@ def revive_dead(state: TrainState, x_BD: Tensor, x_hat_BD: Tensor) -> None:
     if late or (state.step + 1) % settings.revive_every:
         return
     dead_F = state.importance.silent_tokens_F >= config.workload.dead_tokens
-    revive(state.sae, state.optimizer, dead_F, state.reservoir.contents(), settings.encoder_scale)
-    state.importance.silent_tokens_F[dead_F] = 0
+    revived = revive(state.sae, state.optimizer, dead_F, state.reservoir.contents(), settings.encoder_scale)
+    state.importance.silent_tokens_F[revived] = 0
 
 
-def check_finite(state: TrainState, terms: Terms) -> None:
-    """Stop before the update when the loss is not a finite number."""
-    if torch.isfinite(terms.total):
+def check_finite(state: TrainState, terms: Terms, gradient_norm: Tensor) -> None:
+    """Stop before the update when the loss or its gradient is not finite."""
+    if torch.isfinite(terms.total + gradient_norm):
         return
-    culprits = [name for name, term in terms._asdict().items() if not torch.isfinite(term)]
+    culprits = [name for name, term in terms._asdict().items() if not torch.isfinite(term)] or ["the gradient"]
     raise UserError(
         f"step {state.step}: the loss is not finite ({', '.join(culprits)}); the weights were not updated; "
         "lower workload.learning_rate, or look for extreme activations in this layer"

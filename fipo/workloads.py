@@ -10,6 +10,7 @@ from fipo.config import Probing, Text, Workload
 from fipo.data import sae_probes
 from fipo.errors import UserError
 from fipo.records import from_dict
+from fipo.yamlfile import read_yaml
 
 SAEBENCH_DATASETS = (
     "LabHC/bias_in_bios_class_set1",
@@ -32,7 +33,7 @@ MINILM = Workload(
     probing=Probing(datasets=tuple(sae_probes.DATASETS), train_per_class=200, test_per_class=100),
     latents=3072,
     k=32,
-    sparsity_penalty=0.015,
+    sparsity_penalty=0.01,
     learning_rate=3e-3,
     batch_tokens=1024,
     train_tokens=800_000,
@@ -81,7 +82,5 @@ def find_workload(name: str) -> Workload:
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name.endswith((".yaml", ".yml")):
-        from fipo.runs import read_yaml
-
         return from_dict(Workload, read_yaml(Path(name)), "workload.")
     raise UserError(f"workload {name!r} is unknown; FIPO_WORKLOAD takes {', '.join(BUILT_IN)}, or a YAML file")

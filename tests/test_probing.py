@@ -203,8 +203,8 @@ def test_full_accuracies_find_a_planted_direction():
 
 
 def test_full_accuracies_are_seeded_and_change_nothing():
-    train_NF, test_NF, train = features(100, 10), features(100, 10, 2), random_tasks()
-    before = train_NF.clone()
+    train_NF, test_NF, train = features(750, 10), features(750, 10, 2), random_tasks([150] * 5)
+    before = train_NF.clone()  # 300 rows a task: two batches, so their order counts
     first_T, second_T, other_T = (full_accuracies(train_NF, test_NF, train, train, seeded(seed)) for seed in (4, 4, 5))
     assert torch.equal(first_T, second_T) and not torch.equal(first_T, other_T)
     assert torch.equal(train_NF, before)

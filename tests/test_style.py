@@ -15,7 +15,19 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 MODULES = [name for name in TREES if not (name.endswith("__init__.py") and not SOURCES[name].strip())]
 
 CORE = [
-    *("config", "records", "activations", "sae", "decoding", "objective", "importance", "reservoir", "lsh", "revival"),
+    *(
+        "config",
+        "method",
+        "records",
+        "activations",
+        "sae",
+        "decoding",
+        "objective",
+        "importance",
+        "reservoir",
+        "lsh",
+        "revival",
+    ),
     *("metrics", "train", "checkpoint", "files", "errors", "randomness"),
 ]
 TRACKERS = ["reservoir", "lsh", "importance"]

@@ -55,6 +55,8 @@ def load_labelled(name: str, probing: Probing, seed: int) -> LabelledText:
 
 def _from_folder(folder: Path, probing: Probing, seed: int) -> LabelledText:
     splits = {split: _read_split(folder, split) for split in ("train", "test")}
+    trained = {text for texts in splits["train"].values() for text in texts}
+    splits["test"] = {label: [text for text in texts if text not in trained] for label, texts in splits["test"].items()}
     for split, other in (("train", "test"), ("test", "train")):
         alone = sorted(set(splits[split]) - set(splits[other]))
         if alone:

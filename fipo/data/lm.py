@@ -108,7 +108,7 @@ class LanguageModel:
         self.blocks = find_blocks(self.model, self.model.config.num_hidden_layers)
         if max(self.layers) >= len(self.blocks):
             raise UserError(f"layer {max(self.layers)} of {model}: it has layers 0 to {len(self.blocks) - 1}")
-        self.tokenizer_hash = sha256_json([self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map])
+        self.tokenizer_hash = sha256_json([self.tokenizer.backend_tokenizer.to_str(), self.special_ids, self.begin_id])
 
     @property
     def width(self) -> int:

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fipo.checkpoint import write_tensors
 from fipo.data.harvest import Chunk
 from fipo.errors import UserError
 from fipo.files import read_json, replacing_folder, sha256_file, sha256_json, write_json
@@ -100,9 +101,7 @@ def _write(folder: Path, key: dict[str, Any], chunks: Iterable[Chunk], tokens: i
         acts_NLD = torch.cat([chunk.acts_NLD.cpu() for chunk in held])
         text_N = torch.cat([chunk.text_N for chunk in held])
         file = folder / f"shard_{len(shards):05d}.safetensors"
-        safetensors.torch.save_file(
-            {"acts_NLD": acts_NLD[:limit].contiguous(), "text_N": text_N[:limit].contiguous()}, file
-        )
+        write_tensors(file, {"acts_NLD": acts_NLD[:limit], "text_N": text_N[:limit]})
         shards.append({"file": file.name, "tokens": min(limit, len(text_N)), "sha256": sha256_file(file)})
         held = [Chunk(acts_NLD[limit:], text_N[limit:])]
         waiting -= shards[-1]["tokens"]

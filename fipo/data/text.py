@@ -85,13 +85,18 @@ def _newest_revision(name: str) -> str:
 
 
 def _column(records: Any, text: Text) -> Iterator[str]:
-    for record in records:
-        if text.field not in record:
-            raise UserError(
-                f"text source {text.source} has the columns {', '.join(record)}, not {text.field}; set text.field"
-            )
-        if record[text.field]:
-            yield record[text.field]
+    try:
+        for record in records:
+            if text.field not in record:
+                raise UserError(
+                    f"text source {text.source} has the columns {', '.join(record)}, not {text.field}; set text.field"
+                )
+            if record[text.field]:
+                yield record[text.field]
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many kinds for a damaged file or a stream that breaks off
+        raise UserError(f"text source {text.source} broke off ({type(error).__name__}): {error}") from error
 
 
 def _hash_path(path: Path) -> str:

@@ -1,0 +1,143 @@
+"""The parts of the method as records, one for each: what each can be set to, and what it is by default.
+
+All shares are of the run's steps, so that a schedule fits a run of any length.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fipo.records import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Importance:
+    """σ_F, the EMA of activation norms (METHOD section 1)."""
+
+    decay: float = 0.999
+    """β, decay a step."""
+    norm: Literal["l1", "l2"] = "l1"
+    """Norm over the batch: l1 is mean |a|, l2 the root mean square."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.decay < 1, "importance.decay", self.decay, "a decay from 0 to below 1")
+
+    def half_life_tokens(self, batch_tokens: int) -> float:
+        """Tokens after which a past batch counts half."""
+        return batch_tokens * math.log(0.5) / math.log(self.decay) if self.decay > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reservoir:
+    """The activation reservoir and the revival of dead latents from it (METHOD section 2)."""
+
+    slots: int = 4096
+    """R, tokens kept."""
+    half_life_steps: float = 50.0
+    """Steps after which a kept token's weight counts half against a new one's (forward decay)."""
+    revive_every: int = 50
+    """Steps between revivals; none in the last fifth of training, where the rate is too low to learn a new latent."""
+    encoder_scale: float = 0.5
+    """Norm of a revived encoder column, in units of the mean norm of the live ones."""
+
+    def __post_init__(self) -> None:
+        require(self.slots > 0, "reservoir.slots", self.slots, "a positive number of slots")
+        require(self.half_life_steps > 0, "reservoir.half_life_steps", self.half_life_steps, "a positive number")
+        require(self.revive_every > 0, "reservoir.revive_every", self.revive_every, "a positive number of steps")
+        require(self.encoder_scale > 0, "reservoir.encoder_scale", self.encoder_scale, "a positive factor")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LSH:
+    """Candidate pairs of similar decoder rows by sign random projections (METHOD section 3)."""
+
+    tables: int = 16
+    """T, hash tables."""
+    bits: int = 5
+    """S, sign bits a table; 2^S buckets."""
+    capacity: int = 128
+    """C, latents of highest importance that a bucket keeps."""
+    min_cosine: float = 0.2
+    """Pairs below this cosine are not candidates."""
+    partners: int | None = 2
+    """Candidates kept a latent, the closest ones of higher importance; null keeps all."""
+    refresh_every: int = 50
+    """Steps between refreshes; planes are redrawn at each."""
+    autocast: bool = True
+    """Project under torch.autocast in bfloat16."""
+
+    def __post_init__(self) -> None:
+        require(self.tables > 0, "lsh.tables", self.tables, "a positive number of tables")
+        require(0 < self.bits <= 24, "lsh.bits", self.bits, "1 to 24 bits")
+        require(self.capacity > 1, "lsh.capacity", self.capacity, "room for at least one pair")
+        require(0 <= self.min_cosine < 1, "lsh.min_cosine", self.min_cosine, "a cosine from 0 to below 1")
+        require(self.partners is None or self.partners > 0, "lsh.partners", self.partners, "a positive number or null")
+        require(self.refresh_every > 0, "lsh.refresh_every", self.refresh_every, "a positive number of steps")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Penalty:
+    """Ω, importance-weighted orthogonality (METHOD section 4)."""
+
+    weight: float = 0.3
+    """λ_o."""
+    estimator: Literal["max", "sum", "unbiased"] = "max"
+    """Over a latent's candidates: the worst one, all of them, or all weighted by one over their collision chance."""
+    yields: Literal["less_important", "both"] = "less_important"
+    """Who moves: only the less important of a pair, or both."""
+    margin: float = 0.0
+    """Cosine that costs nothing."""
+
+    def __post_init__(self) -> None:
+        require(self.weight >= 0, "penalty.weight", self.weight, "zero or more")
+        require(0 <= self.margin < 1, "penalty.margin", self.margin, "a cosine from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Levels:
+    """Nested reconstruction (METHOD section 4b): level m is reconstructed from levels 1..m."""
+
+    order: Literal["fixed", "importance"] = "importance"
+    """By index (Matryoshka) or by σ, largest first."""
+    shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
+    """Share of the dictionary in the first m levels; increasing, the last one is 1."""
+    stop_gradient: float = 0.5
+    """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
+    decoder_only: float = 0.25
+    """Share of the steps, the last ones, in which the encoder is frozen and the decoder alone learns, unlevelled."""
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip((0.0, *self.shares), self.shares, strict=False))
+        require(rising and self.shares[-1:] == (1.0,), "levels.shares", self.shares, "rising shares that end in 1.0")
+        require(0 <= self.stop_gradient <= 1, "levels.stop_gradient", self.stop_gradient, "a strength from 0 to 1")
+        require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimiser:
+    """Adam and its schedules, as shares of the run so that they fit any length."""
+
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises from 0."""
+    penalty_warmup: float = 0.5
+    """Share of the steps over which λ_s and λ_o rise from 0: an unlearned dictionary must not be thinned."""
+    decay: float = 0.2
+    """Share of the steps, the last ones, over which the learning rate falls to 0."""
+    betas: tuple[float, ...] = (0.9, 0.999)
+    """Adam's two decays."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    autocast: bool = True
+    """Run the matrix products in bfloat16 (weights, moments, losses and statistics stay float32)."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.warmup <= 1, "optimiser.warmup", self.warmup, "a share from 0 to 1")
+        require(0 <= self.penalty_warmup <= 1, "optimiser.penalty_warmup", self.penalty_warmup, "a share from 0 to 1")
+        require(0 <= self.decay <= 1, "optimiser.decay", self.decay, "a share from 0 to 1")
+        require(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "optimiser.betas",
+            self.betas,
+            "two decays from 0 to below 1",
+        )
+        require(self.clip > 0, "optimiser.clip", self.clip, "a positive norm")
