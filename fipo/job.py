@@ -135,6 +135,8 @@ def finish(config: RunConfig, out_dir: Path, layers: dict[int, dict[str, Any]], 
     origin = {**provenance(), "hardware": hardware(device)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     write_json(out_dir / "runtime.json", {**phases.seconds, "peak_memory_gib": peak, **origin})
+    importance, batch = config.importance, config.workload.batch_tokens
+    half_life = importance.half_life_tokens(batch) if importance else None
     report.draw(out_dir / LOG, out_dir / "training.png", title=f"{config.run}, {config.workload.name}")
     write_json(
         out_dir / FINAL,
@@ -143,6 +145,7 @@ def finish(config: RunConfig, out_dir: Path, layers: dict[int, dict[str, Any]], 
             "run": config.run,
             "workload": config.workload.name,
             "seed": config.seed,
+            "importance_half_life_tokens": half_life,
             **origin,
             "layers": {str(layer): info for layer, info in layers.items()},
         },

@@ -8,7 +8,7 @@ from fipo.errors import UserError
 from fipo.files import read_json, replacing
 from fipo.log import read_log
 from fipo.provenance import git_revision
-from fipo.saebench import metric_name, sparse_probing_record
+from fipo.saebench import metric_name, overall_metrics, sparse_probing_record
 
 FINAL = "final_info.json"
 
@@ -94,45 +94,52 @@ def draw(log: Path, path: Path, title: str) -> None:
 def print_results(out_dir: Path) -> None:
     """Dataset by k for every layer: SAE latents beside the model's channels, and beside run_0 where that folder is."""
     from rich.console import Console
-    from rich.table import Table
 
     info = read_json(out_dir / FINAL)
-    baseline_file = out_dir.parent / "run_0" / FINAL
-    baseline = read_json(baseline_file) if baseline_file.exists() and out_dir.name != "run_0" else None
-    if baseline is not None and baseline["eval_config"]["dataset_names"] != info["eval_config"]["dataset_names"]:
-        baseline = None
+    baseline = _baseline(out_dir, info["eval_config"]["dataset_names"])
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    ks = info["eval_config"]["k_values"]
     for layer, record in info["layers"].items():
         old = baseline["layers"].get(layer) if baseline else None
-        what = "SAE latents | model channels" + (" | run_0" if old else "")
-        table = Table(title=f"layer {layer}: test accuracy of the k best, {what}", title_justify="left")
-        table.add_column("dataset")
+        console.print(_layer_table(layer, record, old, info["eval_config"]["k_values"]))
+        console.print(f"layer {layer}: {_summary(record)}" + (f"   (run_0: {_summary(old)})" if old else ""))
+
+
+def _baseline(out_dir: Path, datasets: list[str]) -> dict[str, Any] | None:
+    """The record of run_0 beside this folder, where there is one on the same datasets."""
+    file = out_dir.parent / "run_0" / FINAL
+    if out_dir.name == "run_0" or not file.exists():
+        return None
+    baseline = read_json(file)
+    return baseline if baseline["eval_config"]["dataset_names"] == datasets else None
+
+
+def _layer_table(layer: str, record: dict[str, Any], old: dict[str, Any] | None, ks: list[int]) -> Any:
+    from rich.table import Table
+
+    what = "SAE latents | model channels" + (" | run_0's latents" if old else "")
+    table = Table(title=f"layer {layer}: test accuracy of the k best, {what}", title_justify="left")
+    table.add_column("dataset")
+    for k in ks:
+        table.add_column(f"k={k}", justify="right")
+    rows, old_rows = _rows(record), _rows(old) if old else []
+    for index, row in enumerate(rows):
+        cells = []
         for k in ks:
-            table.add_column(f"k={k}", justify="right")
-        rows = [*record["eval_result_details"], {"dataset_name": "mean", **_flat(record)}]
-        old_rows = [*old["eval_result_details"], {"dataset_name": "mean", **_flat(old)}] if old else [None] * len(rows)
-        for row, old_row in zip(rows, old_rows, strict=True):
-            cells = []
-            for k in ks:
-                values = [row[metric_name("sae", k)], row[metric_name("llm", k)]]
-                values += [old_row[metric_name("sae", k)]] if old_row else []
-                cells.append(" | ".join("-" if value is None else f"{value:.3f}" for value in values))
-            table.add_row(row["dataset_name"].removesuffix("_results"), *cells)
-        console.print(table)
-        console.print(
-            f"layer {layer}: FVU {record['held_out_fvu']:.3f}, L0 {record['held_out_l0']:.1f}, dead "
-            f"{record['dead_share']:.2%}, mean max cosine {record['mean_max_cosine']:.3f}"
-            + (
-                f"   (run_0: FVU {old['held_out_fvu']:.3f}, L0 {old['held_out_l0']:.1f}, mean max cosine "
-                f"{old['mean_max_cosine']:.3f})"
-                if old
-                else ""
-            )
-        )
+            values = [row[metric_name("sae", k)], row[metric_name("llm", k)]]
+            values += [old_rows[index][metric_name("sae", k)]] if old_rows else []
+            cells.append(" | ".join("-" if value is None else f"{value:.3f}" for value in values))
+        table.add_row(row["dataset_name"].removesuffix("_results"), *cells)
+    return table
 
 
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    return {**record["eval_result_metrics"]["llm"], **record["eval_result_metrics"]["sae"]}
+def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*record["eval_result_details"], {"dataset_name": "mean", **overall_metrics(record)}]
+
+
+def _summary(record: dict[str, Any]) -> str:
+    return (
+        f"FVU {record['held_out_fvu']:.3f}, L0 {record['held_out_l0']:.1f}, dead {record['dead_share']:.2%}, "
+        f"mean max cosine {record['mean_max_cosine']:.3f}"
+    )

@@ -72,6 +72,11 @@ def metric_name(who: str, k: int | None) -> str:
     return f"{who}_test_accuracy" if k is None else f"{who}_top_{k}_test_accuracy"
 
 
+def overall_metrics(record: dict[str, Any]) -> dict[str, Any]:
+    """The means over datasets of a record, the model's and the SAE's in one."""
+    return {**record["eval_result_metrics"]["llm"], **record["eval_result_metrics"]["sae"]}
+
+
 def _schema(values: dict[str, float]) -> dict[str, float | None]:
     """All names of the schema in its order; None for what was not computed."""
     names = [metric_name(who, k) for who in PROBED_BY for k in (None, *SCHEMA_KS)]

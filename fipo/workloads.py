@@ -7,22 +7,10 @@ text source and sizes are all that another Hugging Face decoder or encoder needs
 from pathlib import Path
 
 from fipo.config import Probing, Text, Workload
-from fipo.data import sae_probes
+from fipo.data import sae_probes, saebench_text
 from fipo.errors import UserError
 from fipo.records import from_dict
 from fipo.yamlfile import read_yaml
-
-SAEBENCH_DATASETS = (
-    "LabHC/bias_in_bios_class_set1",
-    "LabHC/bias_in_bios_class_set2",
-    "LabHC/bias_in_bios_class_set3",
-    "canrager/amazon_reviews_mcauley_1and5",
-    "canrager/amazon_reviews_mcauley_1and5_sentiment",
-    "codeparrot/github-code",
-    "fancyzhx/ag_news",
-    "Helsinki-NLP/europarl",
-)
-"""The eight datasets of SAEBench's sparse_probing, in its order."""
 
 MINILM = Workload(
     name="minilm",
@@ -50,7 +38,7 @@ PYTHIA_70M = Workload(
     model="EleutherAI/pythia-70m-deduped",
     layers=(3, 4),
     text=_PILE,
-    probing=Probing(datasets=SAEBENCH_DATASETS),
+    probing=Probing(datasets=tuple(saebench_text.BUILDERS)),
     latents=4096,
     k=32,
     sparsity_penalty=0.04,
@@ -65,7 +53,7 @@ GEMMA_2_2B = Workload(
     layers=(5, 12, 19),
     dtype="bfloat16",
     text=_PILE,
-    probing=Probing(datasets=SAEBENCH_DATASETS),
+    probing=Probing(datasets=tuple(saebench_text.BUILDERS)),
     latents=2304,
     k=64,
     sparsity_penalty=0.04,

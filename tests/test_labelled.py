@@ -94,7 +94,7 @@ def test_class_with_too_few_texts(tmp_path, split, left):
 
 def test_empty_texts_do_not_count(tmp_path):
     write(tmp_path, [*rows("a", 4), ("", "a"), *rows("b", 5)], [*rows("a", 5), *rows("b", 5)])
-    with pytest.raises(UserError, match="class a has 9 texts, 4 left for train; 5 are needed"):
+    with pytest.raises(UserError, match="class a has 5 texts, 4 left for train; 5 are needed"):
         load(tmp_path, 5, 5)
 
 

@@ -45,7 +45,7 @@ def test_dead_latents_detect_the_inputs_and_forget_their_moments():
     dead_F, inputs_RD = dead_latents(1, 4, 6), inputs(5)
     before = tensors(sae, optimizer)
     live_norm = sae.enc_DF[:, ~dead_F].norm(dim=0).mean()
-    assert revive(sae, optimizer, dead_F, inputs_RD, 0.5) == 3
+    assert revive(sae, optimizer, dead_F, inputs_RD, 0.5).tolist() == dead_F.nonzero().squeeze(1).tolist()
     after = tensors(sae, optimizer)
     unit_ND = inputs_RD[:3] / inputs_RD[:3].norm(dim=1, keepdim=True)
     assert torch.allclose(after["dec"][dead_F], unit_ND)
@@ -67,7 +67,7 @@ def test_a_revived_latent_fires_on_its_input():
 def test_fewer_inputs_than_dead_latents_revive_the_first():
     sae, optimizer = trained()
     before = tensors(sae, optimizer)
-    assert revive(sae, optimizer, dead_latents(1, 4, 6), inputs(2), 0.5) == 2
+    assert revive(sae, optimizer, dead_latents(1, 4, 6), inputs(2), 0.5).tolist() == [1, 4]
     after = tensors(sae, optimizer)
     assert torch.equal(before["dec"][6], after["dec"][6]) and not torch.equal(before["dec"][4], after["dec"][4])
 
@@ -77,7 +77,7 @@ def test_nobody_dead_or_nothing_to_point_at_changes_nothing(dead, count):
     sae, optimizer = trained()
     before = tensors(sae, optimizer)
     dead_F = dead_latents(*dead) if dead else torch.zeros(LATENTS, dtype=torch.bool)
-    assert revive(sae, optimizer, dead_F, inputs(count), 0.5) == 0
+    assert revive(sae, optimizer, dead_F, inputs(count), 0.5).numel() == 0
     assert all(torch.equal(value, before[name]) for name, value in tensors(sae, optimizer).items())
 
 
@@ -85,5 +85,5 @@ def test_all_dead_before_the_first_step():
     """No live latent to take the norm from, no moments yet."""
     sae = SAE(WIDTH, LATENTS, ReLU(), gain=2.0, generator=toys.seeded())
     revived = revive(sae, torch.optim.Adam(sae.parameters()), dead_latents(*range(LATENTS)), inputs(LATENTS), 0.5)
-    assert revived == LATENTS
+    assert revived.numel() == LATENTS
     assert torch.allclose(sae.enc_DF.norm(dim=0), torch.ones(LATENTS)) and sae.dec_FD.isfinite().all()

@@ -1,7 +1,8 @@
 """Labelled text for probing: for each class of a dataset its training and test texts.
 
-A name is either in the catalogue of counterpart datasets (fipo.data.sae_probes) or a local folder with
-`train.parquet` and `test.parquet` (columns `text`, `label`; optional `dataset.json` with `label_names`).
+A name is one of SAEBench's eight (fipo.data.saebench_text), one of their counterparts (fipo.data.sae_probes), or a
+local folder with `train.parquet` and `test.parquet` (columns `text`, `label`; optional `dataset.json` with
+`label_names`).
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 
 from fipo.config import Probing
-from fipo.data import sae_probes
+from fipo.data import sae_probes, saebench_text
 from fipo.errors import UserError
 from fipo.files import read_json, sha256_json
 from fipo.randomness import generator_for
@@ -46,11 +47,14 @@ def load_labelled(name: str, probing: Probing, seed: int) -> LabelledText:
         train = {label: texts[: probing.train_per_class] for label, texts in pools.items()}
         test = {label: texts[probing.train_per_class : needed] for label, texts in pools.items()}
         return _checked(LabelledText(name, train, test), probing, {label: len(texts) for label, texts in pools.items()})
+    if name in saebench_text.BUILDERS:
+        train, test = saebench_text.BUILDERS[name](name, probing.train_per_class, probing.test_per_class, seed)
+        counts = {label: len(train[label]) + len(test[label]) for label in train}
+        return _checked(LabelledText(name, train, test), probing, counts)
     if Path(name).is_dir():
         return _from_folder(Path(name), probing, seed)
-    raise UserError(
-        f"probing dataset {name} is neither a folder nor known; known are {', '.join(sorted(sae_probes.DATASETS))}"
-    )
+    known = [*sae_probes.DATASETS, *saebench_text.BUILDERS]
+    raise UserError(f"probing dataset {name} is neither a folder nor known; known are {', '.join(known)}")
 
 
 def _from_folder(folder: Path, probing: Probing, seed: int) -> LabelledText:

@@ -59,12 +59,16 @@ def load_local(path: Path, split: str) -> Any:
         raise UserError(f"text source {path}, split {split}, does not load: {error}") from error
 
 
-def load_hub(name: str, split: str, revision: str | None, config: str | None = None) -> Any:
-    """A dataset of the hub as a stream of records."""
+def load_hub(
+    name: str, split: str, revision: str | None, config: str | None = None, data_files: str | None = None
+) -> Any:
+    """A dataset of the hub, or `data_files` of it, as a stream of records."""
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+        return datasets.load_dataset(
+            name, config, split=split, revision=revision, data_files=data_files, streaming=True
+        )
     except Exception as error:
         raise UserError(
             f"dataset {name}, split {split}, cannot be read ({type(error).__name__}); check the name, the network "

@@ -1,0 +1,172 @@
+"""The eight datasets of SAEBench's sparse_probing, by their names: same classes, filters, sampling and seeds.
+
+| name | classes (in the order of the probes) | a class's texts |
+|---|---|---|
+| LabHC/bias_in_bios_class_set1, 2, 3 | professions | half of either gender |
+| canrager/amazon_reviews_mcauley_1and5 | product categories | half with 1, half with 5 stars |
+| canrager/amazon_reviews_mcauley_1and5_sentiment | 1.0 and 5.0 stars | drawn over all categories |
+| codeparrot/github-code | languages | first of the stream, long ones, without the licence header |
+| fancyzhx/ag_news | four topics | drawn at random |
+| Helsinki-NLP/europarl | languages | first of the stream |
+
+Read from `FIPO_DATA_ROOT`/NAME in the hub's layout (parquet or jsonl), or from the hub. Samples are drawn by pandas and
+by Python's `random`, as SAEBench draws them, so the same seed gives the same texts. No dataset script is run: where the
+hub offers one (github-code), its parquet files are read instead.
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fipo.data.text import load_hub, load_local
+from fipo.errors import UserError
+
+Classes = dict[str, list[str]]
+Splits = tuple[Classes, Classes]
+
+_BIOS = {
+    "LabHC/bias_in_bios_class_set1": ("0", "1", "2", "6", "9"),
+    "LabHC/bias_in_bios_class_set2": ("11", "13", "14", "18", "19"),
+    "LabHC/bias_in_bios_class_set3": ("20", "21", "22", "25", "26"),
+}
+_AMAZON = "canrager/amazon_reviews_mcauley_1and5"
+_EUROPARL = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
+_LANGUAGES = ("C", "Python", "HTML", "Java", "PHP")
+_SHORTEST_CODE, _LICENCE_HEADER = 534, 150
+
+
+def _bios(name: str, train: int, test: int, seed: int) -> Splits:
+    columns = ("hard_text", "profession", "gender")
+    return _each_split("LabHC/bias_in_bios", columns, _BIOS[name], train, test, seed)
+
+
+def _amazon_categories(name: str, train: int, test: int, seed: int) -> Splits:
+    return _each_split(name, ("text", "category", "rating"), ("1", "2", "3", "5", "6"), train, test, seed)
+
+
+def _each_split(
+    source: str, columns: tuple[str, str, str], classes: tuple[str, ...], train: int, test: int, seed: int
+) -> Splits:
+    splits = [
+        _halves(_table(source, split, columns), columns, size // 2, seed)
+        for split, size in (("train", train), ("test", test))
+    ]
+    return tuple(_chosen(source, split, classes) for split in splits)  # type: ignore[return-value]
+
+
+def _halves(table: Any, columns: tuple[str, str, str], size: int, seed: int) -> Classes:
+    """Of every class `size` texts of either group; classes with one group, or a group too small, are dropped."""
+    text, label, group = columns
+    classes: Classes = {}
+    for value, members in table.groupby(label):
+        groups = [rows for _, rows in members.groupby(group)]
+        if len(groups) >= 2 and min(map(len, groups)) >= size:
+            drawn = [rows.sample(n=size, random_state=seed)[text].tolist() for rows in groups]
+            classes[str(value)] = [one for texts in drawn for one in texts]
+    return classes
+
+
+def _amazon_sentiment(_name: str, train: int, test: int, seed: int) -> Splits:
+    return _drawn(_AMAZON, "rating", ("1.0", "5.0"), lambda value: str(float(value)), train, test, seed)
+
+
+def _ag_news(name: str, train: int, test: int, seed: int) -> Splits:
+    return _drawn(name, "label", ("0", "1", "2", "3"), str, train, test, seed)
+
+
+def _drawn(
+    source: str, label: str, classes: tuple[str, ...], key: Callable[[Any], str], train: int, test: int, seed: int
+) -> Splits:
+    splits = []
+    for split, size in (("train", train), ("test", test)):
+        table = _table(source, split, ("text", label))
+        drawn = {
+            key(value): members.sample(n=min(size, len(members)), random_state=seed)["text"].tolist()
+            for value, members in table.groupby(label)
+        }
+        splits.append(_chosen(source, drawn, classes))
+    return splits[0], splits[1]
+
+
+def _github(name: str, train: int, test: int, seed: int) -> Splits:
+    found: Classes = {language: [] for language in _LANGUAGES}
+    for record in _records(name, "train", None):
+        if record["language"] in found and len(record["code"]) > _SHORTEST_CODE:
+            found[record["language"]].append(record["code"][_LICENCE_HEADER:])
+            if min(map(len, found.values())) > train + test:
+                break
+    return _shuffled_and_cut(found, train, test, seed)
+
+
+def _europarl(name: str, train: int, test: int, seed: int) -> Splits:
+    found: Classes = {}
+    for language, pair in _EUROPARL.items():
+        found[language] = []
+        for record in _records(name, "train", pair):
+            found[language].append(record["translation"][language])
+            if len(found[language]) > train + test:
+                break
+    return _shuffled_and_cut(found, train, test, seed)
+
+
+def _shuffled_and_cut(classes: Classes, train: int, test: int, seed: int) -> Splits:
+    """Python's own generator, seeded once, shuffles the classes in their order: SAEBench's way for streams."""
+    generator = random.Random(seed)
+    for texts in classes.values():
+        generator.shuffle(texts)
+    return (
+        {label: texts[:train] for label, texts in classes.items()},
+        {label: texts[train : train + test] for label, texts in classes.items()},
+    )
+
+
+def _chosen(source: str, classes: Classes, names: tuple[str, ...]) -> Classes:
+    missing = [name for name in names if name not in classes]
+    if missing:
+        raise UserError(
+            f"dataset {source}: class {missing[0]} is missing or has too few texts; lower probing.train_per_class or "
+            f"probing.test_per_class (classes that suffice: {', '.join(classes) or 'none'})"
+        )
+    return {name: classes[name] for name in names}
+
+
+def _table(source: str, split: str, columns: tuple[str, ...]) -> Any:
+    """The wanted columns of a split as a data frame, in the order of the files."""
+    import pandas
+
+    rows = [tuple(record[column] for column in columns) for record in _records(source, split, None)]
+    return pandas.DataFrame(rows, columns=list(columns))
+
+
+def _records(source: str, split: str, config: str | None) -> Iterator[dict[str, Any]]:
+    """The records of a split: from a local folder in the hub's layout, or from the hub."""
+    root = os.environ.get("FIPO_DATA_ROOT")
+    folder = Path(root) / source if root else None
+    if folder is not None and folder.is_dir():
+        inside = folder / config if config else folder
+        files = sorted(
+            file
+            for file in inside.rglob("*")
+            if file.suffix in (".parquet", ".jsonl") and (split in file.name or split in file.parent.name)
+        )
+        if not files:
+            raise UserError(f"dataset {source}: {inside} holds no parquet or jsonl file of the split {split}")
+        for file in files:
+            yield from load_local(file, split)
+    elif source == "codeparrot/github-code":  # offered by a script; its files are plain parquet
+        yield from load_hub("parquet", "train", None, data_files="hf://datasets/codeparrot/github-code/data/*.parquet")
+    else:
+        yield from load_hub(source, split, None, config)
+
+
+BUILDERS: dict[str, Callable[[str, int, int, int], Splits]] = {
+    **dict.fromkeys(_BIOS, _bios),
+    _AMAZON: _amazon_categories,
+    f"{_AMAZON}_sentiment": _amazon_sentiment,
+    "codeparrot/github-code": _github,
+    "fancyzhx/ag_news": _ag_news,
+    "Helsinki-NLP/europarl": _europarl,
+}
+"""Name -> builder(name, train texts a class, test texts a class, seed), in SAEBench's order."""

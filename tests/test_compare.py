@@ -1,0 +1,38 @@
+"""Tables of several runs: means and spreads over seeds from result files alone."""
+
+import json
+
+import pytest
+
+from fipo.compare import table
+from fipo.errors import UserError
+
+
+def finished(folder, run, seed, fvu):
+    metrics = {"llm": {}, "sae": {}}
+    for k in (1, 5):
+        metrics["llm"][f"llm_top_{k}_test_accuracy"] = 0.6
+        metrics["sae"][f"sae_top_{k}_test_accuracy"] = 0.7 if k == 1 else None
+    layer = {
+        **{"held_out_fvu": fvu, "held_out_l0": 32.0, "dead_share": 0.01, "mean_max_cosine": 0.25},
+        "eval_result_metrics": metrics,
+    }
+    info = {"run": run, "seed": seed, "workload": "minilm", "layers": {"3": layer}, "git_revision": "abc"}
+    info |= {"versions": {"torch": "2.13.0"}, "hardware": {"cpu": "some"}}
+    folder.mkdir()
+    (folder / "final_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_seeds_of_one_run_become_a_mean_and_a_spread(tmp_path):
+    folders = [finished(tmp_path / f"s{seed}", "run_3", seed, fvu) for seed, fvu in ((1, 0.2), (2, 0.3), (3, 0.4))]
+    folders.append(finished(tmp_path / "other", "run_0", 1, 0.5))
+    lines = table(folders).splitlines()
+    assert lines[2].startswith("| minilm | run_0 | 3 | 0.500 | 32.0 | 1.00% | 0.250 | 0.700 | 0.600 | - |")
+    assert lines[3].startswith("| minilm | run_3 | 3 | 0.300 ± 0.100 | 32.0 ± 0.0 |")
+    assert "run_0: 1; run_3: 1, 2, 3" in table(folders)
+
+
+def test_an_unfinished_run_is_named(tmp_path):
+    with pytest.raises(UserError, match="holds no final_info.json"):
+        table([tmp_path])

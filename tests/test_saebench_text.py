@@ -1,0 +1,127 @@
+"""The eight datasets of SAEBench by name, from local folders in the hub's layout: classes, filters, sampling, seeds."""
+
+import random
+
+import pandas
+import pytest
+
+from fipo.config import Probing
+from fipo.data import saebench_text
+from fipo.data.labelled import load_labelled
+from fipo.data.saebench_text import BUILDERS
+from fipo.errors import UserError
+
+TRAIN, TEST, SEED = 8, 4, 42
+CODE = "x" * 150
+
+
+def save(root, name, split, rows, config=None):
+    folder = root / name / (config or "data")
+    folder.mkdir(parents=True, exist_ok=True)
+    pandas.DataFrame(rows).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+
+
+def bios_rows(split, professions, per_gender=30):
+    rows = [
+        {"hard_text": f"{split} {profession} {gender} {number}", "profession": profession, "gender": gender}
+        for number in range(per_gender)
+        for profession in professions
+        for gender in (1, 0)
+    ]
+    return rows
+
+
+@pytest.fixture(autouse=True)
+def _all_eight_small(tmp_path, monkeypatch):
+    monkeypatch.setenv("FIPO_DATA_ROOT", str(tmp_path))
+    for split in ("train", "test"):
+        save(tmp_path, "LabHC/bias_in_bios", split, bios_rows(split, range(28)))
+        stars = [
+            {"text": f"{split} {category} {rating} {number}", "category": category, "rating": rating}
+            for number in range(20)
+            for category in (1, 2, 3, 4, 5, 6)
+            for rating in (1.0, 5.0)
+        ]
+        save(tmp_path, "canrager/amazon_reviews_mcauley_1and5", split, stars)
+        news = [{"text": f"{split} {label} {number}", "label": label} for number in range(30) for label in range(4)]
+        save(tmp_path, "fancyzhx/ag_news", split, news)
+    languages = ("C", "Python", "HTML", "Java", "PHP", "Rust")
+    code = [
+        {"code": CODE + f"{language} {number} " + "y" * (600 if number % 3 else 10), "language": language}
+        for number in range(60)
+        for language in languages
+    ]
+    save(tmp_path, "codeparrot/github-code", "train", code)
+    for language, pair in {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}.items():
+        lines = [{"translation": {part: f"{part} {number}" for part in pair.split("-")}} for number in range(40)]
+        save(tmp_path, "Helsinki-NLP/europarl", "train", lines, config=pair)
+        assert language in pair
+
+
+def build(name):
+    return BUILDERS[name](name, TRAIN, TEST, SEED)
+
+
+def test_the_names_and_their_36_tasks():
+    counts = [len(build(name)[0]) for name in BUILDERS]
+    assert list(BUILDERS)[:3] == [f"LabHC/bias_in_bios_class_set{number}" for number in (1, 2, 3)]
+    assert counts == [5, 5, 5, 5, 2, 5, 4, 5] and sum(counts) == 36
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_sizes_and_no_text_in_both_splits(name):
+    train, test = build(name)
+    assert list(train) == list(test)
+    assert all(len(texts) == TRAIN for texts in train.values()) and all(len(texts) == TEST for texts in test.values())
+    assert not {text for texts in train.values() for text in texts} & {
+        text for texts in test.values() for text in texts
+    }
+
+
+def test_professions_draw_half_of_either_gender():
+    """Pandas' sample with the seed, gender 0 first."""
+    train, _ = build("LabHC/bias_in_bios_class_set2")
+    assert list(train) == ["11", "13", "14", "18", "19"]
+    frame = pandas.DataFrame(bios_rows("train", range(28)))
+    expected = []
+    for gender in (0, 1):
+        rows = frame[(frame["profession"] == 13) & (frame["gender"] == gender)]
+        expected += rows["hard_text"].sample(n=TRAIN // 2, random_state=SEED).tolist()
+    assert train["13"] == expected
+
+
+def test_sentiment_is_drawn_over_all_categories():
+    train, _ = build("canrager/amazon_reviews_mcauley_1and5_sentiment")
+    assert list(train) == ["1.0", "5.0"]
+    assert all(" 5.0 " in text for text in train["5.0"]) and len({text.split()[1] for text in train["5.0"]}) > 2
+
+
+def test_code_is_long_loses_its_header_and_is_shuffled_by_python():
+    """The stream stops once every language has more than enough: here all at the same number."""
+    train, test = build("codeparrot/github-code")
+    numbers = [number for number in range(60) if number % 3][: TRAIN + TEST + 1]
+    random.Random(SEED).shuffle(numbers)
+    assert [int(text.split()[1]) for text in (*train["C"], *test["C"])] == numbers[: TRAIN + TEST]
+    assert all(text.startswith("C ") for text in train["C"])
+
+
+def test_europarl_takes_the_first_lines_of_each_pair():
+    train, test = build("Helsinki-NLP/europarl")
+    generator = random.Random(SEED)
+    for language in ("en", "fr", "de", "es", "nl"):
+        lines = [f"{language} {number}" for number in range(TRAIN + TEST + 1)]
+        generator.shuffle(lines)
+        assert train[language] == lines[:TRAIN] and test[language] == lines[TRAIN : TRAIN + TEST]
+
+
+def test_a_class_with_too_few_texts_is_named():
+    with pytest.raises(UserError, match="class 0 is missing or has too few texts"):
+        BUILDERS["LabHC/bias_in_bios_class_set1"]("LabHC/bias_in_bios_class_set1", 1000, 4, SEED)
+    datasets = tuple(BUILDERS)
+    with pytest.raises(UserError, match="class 0 has .* 500 are needed"):
+        load_labelled("fancyzhx/ag_news", Probing(datasets=datasets, train_per_class=500), SEED)
+
+
+def test_a_missing_split_is_named():
+    with pytest.raises(UserError, match="no parquet or jsonl file of the split validation"):
+        list(saebench_text._records("fancyzhx/ag_news", "validation", None))
