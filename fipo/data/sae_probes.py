@@ -1,8 +1,9 @@
 """The labelled text inside the data package `sae-probes` (113 probing datasets, MIT), read as data.
 
 Eight of its subjects stand in for the eight datasets of SAEBench's sparse_probing; the text of all other subjects is
-training text. Nothing of a probing subject is trained on: its files, every file drawn from the same corpus, and every
-text that equals a probing text up to case, spaces and punctuation are left out. The package's code is never imported.
+training text, but for bare names and fragments. Nothing of a probing subject is trained on: its files, every file drawn
+from the same corpus, and every text that equals a probing text up to case, spaces and punctuation are left out. The
+package's code is never imported.
 """
 
 import functools
@@ -44,6 +45,10 @@ RELATED_FILES = {
 }
 
 
+SHORTEST_TEXT = 40
+"""Characters below which a training text is a bare name or a fragment ("Being Twenty") and left out."""
+
+
 def labelled_texts(name: str) -> dict[str, list[str]]:
     """All distinct texts of every class of a counterpart dataset, in the order of the files; a text with two labels,
     or empty, is dropped."""
@@ -66,7 +71,7 @@ def training_texts() -> Iterator[str]:
     probing = {_normalised(text) for number in RELATED_FILES for text in _read(number)[0]}
     others = sorted(set(_files()) - RELATED_FILES)
     texts = _distinct([text for number in others for text in _read(number)[0]])
-    kept = [text for text in texts if _normalised(text) not in probing]
+    kept = [text for text in texts if len(text) >= SHORTEST_TEXT and _normalised(text) not in probing]
     for index in torch.randperm(len(kept), generator=generator_for(0, SOURCE)).tolist():
         yield kept[index]
 
@@ -75,7 +80,7 @@ def training_texts() -> Iterator[str]:
 def fingerprint() -> str:
     """Names the package's files and what is trained on."""
     hashes = [sha256_file(file) for _, file in sorted(_files().items())]
-    return sha256_json([hashes, sorted(RELATED_FILES), 1])
+    return sha256_json([hashes, sorted(RELATED_FILES), SHORTEST_TEXT])
 
 
 @functools.cache
