@@ -55,7 +55,9 @@ class TrainState:
 
         self.sae.load_state_dict(part("sae."))
         for name, parameter in self.sae.named_parameters():
-            self.optimizer.state[parameter] = {moment: value.clone() for moment, value in part(f"adam.{name}.").items()}
+            self.optimizer.state[parameter] = {
+                moment: value.to(parameter.device, copy=True) for moment, value in part(f"adam.{name}.").items()
+            }
         self.importance.load_state_dict(part("importance."))
         if self.reservoir is not None:
             self.reservoir.load_state_dict(part("reservoir."))

@@ -28,7 +28,7 @@ FINAL_KEYS = (
     "training_steps final_loss layer dict_size learning_rate sparsity_penalty held_out_fvu held_out_l0 held_out_tokens "
     "dead_share mean_max_cosine eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics "
     "eval_result_details sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict "
-    "eval_result_unstructured run workload seed git_revision versions hardware layers"
+    "eval_result_unstructured run workload seed importance_half_life_tokens git_revision versions hardware layers"
 )
 LOG_KEYS = (
     "step tokens layer loss reconstruction sparsity auxiliary orthogonality fvu l0 dead_share sigma_quantiles "
