@@ -13,6 +13,7 @@ from typing import Any
 
 from fipo.errors import EXIT_CODE, UserError
 from fipo.files import read_json
+from fipo.report import FINAL
 from fipo.saebench import overall_metrics
 
 COLUMNS = {
@@ -33,9 +34,9 @@ def table(folders: list[Path]) -> str:
     seeds: dict[str, set[int]] = {}
     origins: set[str] = set()
     for folder in folders:
-        file = folder / "final_info.json"
+        file = folder / FINAL
         if not file.is_file():
-            raise UserError(f"{folder} holds no final_info.json: it is no finished run; leave it out or finish it")
+            raise UserError(f"{folder} holds no {FINAL}: it is no finished run; leave it out or finish it")
         info = read_json(file)
         seeds.setdefault(info["run"], set()).add(info["seed"])
         origins.add(f"git {info['git_revision'][:12]}, torch {info['versions']['torch']}, {info['hardware']['cpu']}")
