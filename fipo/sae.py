@@ -54,7 +54,7 @@ class SAE(nn.Module):
 
     def pre_codes(self, x_BD: Tensor) -> Tensor:
         """Pre-activations [B, F] of standardised input."""
-        return x_BD @ self.enc_DF + self.enc_bias_F
+        return torch.addmm(self.enc_bias_F, x_BD, self.enc_DF)
 
     def reconstruct(self, codes_BF: Tensor) -> Tensor:
         """Standardised reconstruction [B, D]."""

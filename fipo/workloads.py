@@ -24,7 +24,7 @@ MINILM = Workload(
     sparsity_penalty=0.01,
     learning_rate=3e-3,
     batch_tokens=1024,
-    train_tokens=800_000,
+    train_tokens=1_000_000,
     dead_tokens=100_000,
 )
 """The default: a genuine pretrained encoder, real labelled text, minutes on two cores."""
