@@ -30,15 +30,26 @@ class Candidates(NamedTuple):
 
 
 def bucket_numbers(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
-    """Bucket of every row in every table, [F, T] int64 in 0 .. 2^S - 1.
+    """Bucket of every row in every table, [F, T] int64 in 0 .. 2^S - 1."""
+    powers_S = 2 ** torch.arange(planes_DTS.shape[2], device=rows_FD.device)
+    return ((project(rows_FD, planes_DTS, autocast) > 0) * powers_S).sum(-1)
 
-    The projection, the one costly part, runs under `torch.autocast` in bfloat16 when asked: only signs are used.
+
+def project(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
+    """Components of every row along every plane, [F, T, S]: the one costly part.
+
+    Under `torch.autocast` in bfloat16 when asked, since only signs are used; then a few rows at a time, because the
+    bfloat16 copy of all rows would take more memory than the result saves.
     """
-    _, tables, bits = planes_DTS.shape
-    with torch.autocast(rows_FD.device.type, dtype=torch.bfloat16, enabled=autocast):
-        projected_FTS = (rows_FD @ planes_DTS.flatten(1)).unflatten(1, (tables, bits))
-    powers_S = 2 ** torch.arange(bits, device=rows_FD.device)
-    return ((projected_FTS > 0) * powers_S).sum(-1)
+    planes_DK = planes_DTS.flatten(1)
+    if not autocast:
+        return (rows_FD @ planes_DK).unflatten(1, planes_DTS.shape[1:])
+    projected_FK = torch.empty(rows_FD.shape[0], planes_DK.shape[1], dtype=torch.bfloat16, device=rows_FD.device)
+    planes_DK, size = planes_DK.bfloat16(), max(32, rows_FD.shape[0] // 512)
+    with torch.autocast(rows_FD.device.type, dtype=torch.bfloat16):
+        for part_ND, result_NK in zip(rows_FD.split(size), projected_FK.split(size), strict=True):
+            result_NK.copy_(part_ND @ planes_DK)
+    return projected_FK.unflatten(1, planes_DTS.shape[1:])
 
 
 def collision_probability(cos: Tensor, tables: int, bits: int) -> Tensor:
