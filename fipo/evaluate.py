@@ -18,10 +18,11 @@ from fipo.data.harvest import Chunk
 from fipo.data.labelled import LabelledText
 from fipo.data.lm import LanguageModel
 from fipo.data.prepare import probe_chunks, probe_key, probe_store
+from fipo.data.store import ActivationStore
 from fipo.errors import UserError
 from fipo.export import load_sae
-from fipo.files import sha256_file, sha256_json
-from fipo.pooling import FeatureMap, pool_or_read
+from fipo.files import sha256_file
+from fipo.pooling import FeatureMap, numbers_or_read, pool_or_read
 from fipo.probing import Tasks, full_accuracies, one_vs_rest, sparse_answers
 from fipo.progress import progress
 from fipo.randomness import generator_for
@@ -84,18 +85,18 @@ def probe(
     """
     for name, subject in subjects.items():
         _check_fits(name, subject, lm, probing)
+    stores: dict[str, ActivationStore] = {}
     if probing.cached:
         with progress("probe text", sum(len(one.texts) for one in data), "texts") as advance:
             for one in data:
-                probe_store(one, lm)
+                stores[one.name] = probe_store(one, lm)
                 advance(len(one.texts), one.name)
     harvested()
-    sample = functools.cache(lambda: _sample(data, lm, probing))
+    maps = _feature_maps(lm, data, stores, subjects, probing, seed, keep)
     results: dict[str, list[DatasetScores]] = {name: [] for name in subjects}
     with progress("probing", len(data) * len(subjects), "datasets") as advance:
         for one in data:
-            maps = _feature_maps(lm, data, subjects, sample, probing, seed, keep)
-            pooled = dict(zip(maps, _pooled(one, lm, list(maps.values()), probing), strict=True))
+            pooled = dict(zip(maps, _pooled(one, stores.get(one.name), lm, maps.values(), probing), strict=True))
             tasks = Draws(one, probing, seed)
             by_layer = functools.cache(functools.partial(_score_layer, pooled, tasks))
             for name, subject in subjects.items():
@@ -176,48 +177,65 @@ def _score_layer(pooled: dict[tuple[str, object], Tensor], tasks: Draws, layer: 
     }
 
 
-def _pooled(data: LabelledText, lm: LanguageModel, maps: list[FeatureMap], probing: Probing) -> list[Tensor]:
+def _pooled(
+    data: LabelledText, store: ActivationStore | None, lm: LanguageModel, maps: Iterable[FeatureMap], probing: Probing
+) -> list[Tensor]:
     def chunks() -> Iterable[Chunk]:
-        return probe_store(data, lm).chunks(2048) if probing.cached else probe_chunks(data.texts, lm)
+        return probe_chunks(data.texts, lm) if store is None else store.chunks(2048)
 
-    key, texts = probe_key(data, lm), len(data.texts)
-    return pool_or_read(key, chunks, texts, maps, lm.layers, device=lm.device, precision=probing.pooling)
+    return pool_or_read(
+        probe_key(data, lm),
+        chunks,
+        len(data.texts),
+        list(maps),
+        lm.layers,
+        device=lm.device,
+        precision=probing.pooling,
+    )
 
 
 def _feature_maps(
     lm: LanguageModel,
     data: list[LabelledText],
+    stores: dict[str, ActivationStore],
     subjects: Mapping[str, Subject],
-    sample: Callable[[], dict[int, Tensor]],
     probing: Probing,
     seed: int,
     keep: bool,
 ) -> dict[tuple[str, object], FeatureMap]:
     """Channels of every layer asked for; latents and random control of every SAE."""
     dtype = torch.bfloat16 if probing.pooling == "bfloat16" else torch.float32
-    sampled = sha256_json([one.fingerprint for one in data])
+    sample = functools.cache(lambda: _sample(data, stores, lm))
+    sampled = [probe_key(one, lm) for one in data] + [probing.cached]
     maps: dict[tuple[str, object], FeatureMap] = {}
     for layer in sorted({subject.layer for subject in subjects.values()}):
         maps["llm", layer] = FeatureMap(layer, lm.width, lambda acts_BD: acts_BD.to(dtype), ("llm",))
     for name, (layer, sae, key) in subjects.items():
-        control = functools.cache(functools.partial(_random_control, name, subjects[name], sample, seed, lm.device))
-        sae.to(lm.device)
+        found = numbers_or_read(
+            ["measures", layer, key, sampled], functools.partial(_measure, sae.to(lm.device), sample, layer)
+        )
+        _warn_of_scale(name, found["scale"])
+        l0 = controls.nearby_l0(found["l0"])
+        control = functools.cache(functools.partial(_random_control, sae.latents, l0, sample, layer, seed))
         encode = {"sae": lambda sae=sae: sae, "random": control}
-        keys = {"sae": ("sae", key), "random": ("random", key, seed, sampled, probing.cached)}
+        keys = {"sae": ("sae", key), "random": ("random", sae.latents, l0, seed, sampled)}
         for who in encode:
             codes = functools.partial(_encode, encode[who], dtype)
-            maps[who, name] = FeatureMap(layer, sae.latents, codes, keys[who], keep)
+            maps[who, name] = FeatureMap(layer, sae.latents, codes, keys[who], keep or who == "random")
     return maps
 
 
-def _random_control(
-    name: str, subject: Subject, sample: Callable[[], dict[int, Tensor]], seed: int, device: str
-) -> SAE:
-    """The random SAE beside a subject; made only when it is needed, since it takes a few texts through the model."""
-    sample_BD = sample()[subject.layer].to(device)
-    _warn_of_scale(name, controls.code_scale(subject.sae, sample_BD))
-    generator = generator_for(seed, "random control", subject.layer)
-    return controls.random_like(subject.sae, sample_BD, generator).to(device)
+@torch.no_grad()
+def _measure(sae: SAE, sample: Callable[[], dict[int, Tensor]], layer: int) -> dict[str, float]:
+    """L0 and scale of an SAE's codes on the sample."""
+    sample_BD = sample()[layer]
+    l0 = (sae.encode(sample_BD) > 0).sum().item() / sample_BD.shape[0]
+    return {"l0": l0, "scale": controls.code_scale(sae, sample_BD)}
+
+
+def _random_control(latents: int, l0: float, sample: Callable[[], dict[int, Tensor]], layer: int, seed: int) -> SAE:
+    """The random SAE of a layer; made only when it is needed, since it takes a few texts through the model."""
+    return controls.random_sae(latents, l0, sample()[layer], generator_for(seed, "random control", layer))
 
 
 def _encode(encoder: Callable[[], SAE], dtype: torch.dtype, acts_BD: Tensor) -> Tensor:
@@ -229,17 +247,16 @@ def _encode(encoder: Callable[[], SAE], dtype: torch.dtype, acts_BD: Tensor) -> 
     return sae.activation(x_BD @ sae.enc_DF.to(dtype) + sae.enc_bias_F.to(dtype))
 
 
-def _sample(data: list[LabelledText], lm: LanguageModel, probing: Probing) -> dict[int, Tensor]:
-    """Activations [B, D] from a few places of all datasets, by layer; from the store where there is one."""
+def _sample(data: list[LabelledText], stores: dict[str, ActivationStore], lm: LanguageModel) -> dict[int, Tensor]:
+    """Activations [B, D] from a few places of all datasets, by layer; from the stores where there are any."""
     each = max(1, SAMPLE_TEXTS // len(data))
-    if probing.cached:
-        stores = [probe_store(one, lm) for one in data]
-        places = [(store, start) for store in stores for start in range(0, store.tokens, -(-store.tokens // each))]
-        acts_BLD = torch.cat([store.read(start, min(32, store.tokens - start)) for store, start in places])
+    if stores:
+        places = [(store, at) for store in stores.values() for at in range(0, store.tokens, -(-store.tokens // each))]
+        acts_BLD = torch.cat([store.read(at, min(32, store.tokens - at)) for store, at in places])
     else:
         texts = [text for one in data for text in one.texts[:: -(-len(one.texts) // each)]]
         acts_BLD = torch.cat([chunk.acts_NLD for chunk in probe_chunks(texts, lm)])
-    return {layer: acts_BLD[:, place].float() for place, layer in enumerate(lm.layers)}
+    return {layer: acts_BLD[:, place].float().to(lm.device) for place, layer in enumerate(lm.layers)}
 
 
 def _check_fits(name: str, subject: Subject, lm: LanguageModel, probing: Probing) -> None:

@@ -16,7 +16,7 @@ from fipo.checkpoint import load_tensors, save_tensors
 from fipo.data.harvest import Chunk
 from fipo.data.store import cache_root
 from fipo.errors import UserError
-from fipo.files import sha256_json
+from fipo.files import read_json, sha256_json, write_json
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -95,3 +95,14 @@ def pool_or_read(
             if maps[number].keep:
                 save_tensors(places[number], {"pooled_NF": pooled_NF})
     return [pooled_NF for pooled_NF in found if pooled_NF is not None]
+
+
+def numbers_or_read(key: Any, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """A few numbers that take the model to find, kept beside the pooled texts under their key."""
+    place = cache_root() / "pooled" / f"{sha256_json(key)[:32]}.json"
+    try:
+        return {name: float(value) for name, value in read_json(place).items()}
+    except (UserError, AttributeError, TypeError, ValueError):
+        numbers = measure()
+        write_json(place, numbers)
+        return numbers

@@ -6,7 +6,7 @@ from toys import seeded
 
 from fipo.data.harvest import Chunk
 from fipo.errors import UserError
-from fipo.pooling import FeatureMap, pool, pool_or_read
+from fipo.pooling import FeatureMap, numbers_or_read, pool, pool_or_read
 
 TEXTS, LAYERS, WIDTH = 7, (2, 5), 6
 
@@ -105,3 +105,20 @@ def test_damaged_cache_is_pooled_again(own_cache, damage):
         file.write_bytes(file.read_bytes()[:-8] if damage is None else damage)
     again = pool_or_read({}, source, TEXTS, maps(), LAYERS)
     assert source.times == 2 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_numbers_are_measured_once_and_again_when_damaged(own_cache):
+    times = []
+
+    def measure():
+        times.append(1)
+        return {"l0": 3.5}
+
+    for _ in range(2):
+        assert numbers_or_read(["a"], measure) == {"l0": 3.5}
+    assert len(times) == 1
+    for damage in ("", "[1]", '{"l0": "many"}'):
+        for file in (own_cache / "pooled").glob("*.json"):
+            file.write_text(damage)
+        assert numbers_or_read(["a"], measure) == {"l0": 3.5}
+    assert len(times) == 4 and numbers_or_read(["b"], measure) and len(times) == 5
