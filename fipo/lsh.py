@@ -12,21 +12,11 @@ priorities, not SAEs.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fipo.reservoir import BucketQueues
-
-
-class Candidates(NamedTuple):
-    """Pairs of latents that met in a bucket."""
-
-    pairs_P2: Tensor
-    """Latents i < j, no pair twice, sorted."""
-    overflow: float
-    """Share of (latent, table) places for which a bucket had no room: where > 0, `collision_probability` overstates."""
 
 
 def bucket_numbers(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
@@ -70,8 +60,10 @@ def candidate_pairs(
     generator: torch.Generator,
     partners: int | None = None,
     autocast: bool = True,
-) -> Candidates:
-    """Pairs of unit rows with cosine >= `min_cosine` that met in a bucket of one of the tables.
+) -> Tensor:
+    """Pairs [P, 2] of unit rows with cosine >= `min_cosine` that met in a bucket of one of the tables.
+
+    Sorted, i < j, none twice. Where a bucket has no room for all its rows, `collision_probability` overstates.
 
     `partners`: keep, of every row's pairs with rows of higher priority, only so many of the closest; None keeps all.
     """
@@ -79,12 +71,11 @@ def candidate_pairs(
     planes_DTS = torch.randn(width, tables, bits, generator=generator, device=generator.device).to(unit_FD.device)
     buckets_FT = bucket_numbers(unit_FD, planes_DTS, autocast)
     numbers_F = torch.arange(latents, device=unit_FD.device)
-    found, placed = [], 0
+    found = []
     for table in range(tables):
         queues = BucketQueues(2**bits, capacity, device=unit_FD.device)
         queues.offer(buckets_FT[:, table], priority_F, numbers_F)
         held_QC = queues.items_QC
-        placed += int((held_QC >= 0).sum())
         rows_QCD = unit_FD[held_QC.clamp_min(0)]
         cos_QCC = torch.bmm(rows_QCD, rows_QCD.mT)
         usable_QC = held_QC >= 0
@@ -96,7 +87,7 @@ def candidate_pairs(
     pairs_P2 = torch.stack([codes_P // latents, codes_P % latents], dim=1)
     if partners is not None:
         pairs_P2 = pairs_P2[_closest(unit_FD, priority_F, pairs_P2, partners)]
-    return Candidates(pairs_P2, overflow=1 - placed / (latents * tables))
+    return pairs_P2
 
 
 def _closest(unit_FD: Tensor, priority_F: Tensor, pairs_P2: Tensor, partners: int) -> Tensor:
