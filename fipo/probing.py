@@ -49,14 +49,15 @@ def one_vs_rest(class_sizes: list[int], positive: int, generator: torch.Generato
 
 
 def mean_difference(features_NF: Tensor, tasks: Tasks) -> Tensor:
-    """|mean over positives - mean over negatives| of every feature, [T, F]."""
-    weights_TN = torch.zeros(tasks.rows_TM.shape[0], features_NF.shape[0], dtype=features_NF.dtype)
-    signs_TM = tasks.labels_TM * 2 - 1
-    counts_TM = torch.where(
-        tasks.labels_TM > 0, tasks.labels_TM.sum(1, keepdim=True), (1 - tasks.labels_TM).sum(1, keepdim=True)
-    )
-    weights_TN.scatter_(1, tasks.rows_TM, (signs_TM / counts_TM).to(features_NF.dtype))
-    return (weights_TN @ features_NF).abs()
+    """|mean over positives - mean over negatives| of every feature, [T, F]; the means are rounded to the features'
+    format, as SAEBench's are."""
+    means = []
+    for side in (1, 0):
+        member_TM = (tasks.labels_TM == side).float()
+        weights_TN = torch.zeros(tasks.rows_TM.shape[0], features_NF.shape[0])
+        weights_TN.scatter_(1, tasks.rows_TM, member_TM / member_TM.sum(1, keepdim=True))
+        means.append((weights_TN @ features_NF.float()).to(features_NF.dtype))
+    return (means[0] - means[1]).abs()
 
 
 def fit_logistic(x_TMK: Tensor, y_TM: Tensor, c: float = 1.0, tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:
@@ -126,8 +127,9 @@ def full_accuracies(train_NF: Tensor, test_NF: Tensor, train: Tasks, test: Tasks
     """
     tasks, rows = train.rows_TM.shape
     bound = 1 / math.sqrt(train_NF.shape[1])
-    weights_TF = torch.empty(tasks, train_NF.shape[1]).uniform_(-bound, bound, generator=generator).requires_grad_()
-    bias_T = torch.empty(tasks).uniform_(-bound, bound, generator=generator).requires_grad_()
+    weights_TF = torch.empty(tasks, train_NF.shape[1], dtype=train_NF.dtype)
+    torch.nn.init.kaiming_uniform_(weights_TF, a=math.sqrt(5), generator=generator).requires_grad_()  # as nn.Linear
+    bias_T = torch.empty(tasks, dtype=train_NF.dtype).uniform_(-bound, bound, generator=generator).requires_grad_()
     optimizer = torch.optim.AdamW([weights_TF, bias_T], lr=0.01)
     best_T, waited_T = torch.zeros(tasks), torch.zeros(tasks)
     for _ in range(100):
