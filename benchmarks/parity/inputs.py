@@ -77,7 +77,7 @@ def planted_activations(texts: int, classes: int, width: int, positions: int, se
     """Token ids [B, L] and activations [B, L, D] of texts of uneven length, class by class; class c raises channels c
     and c + 1. Integer draws only, so that every machine makes the same. Ids: 0 padding, 1 begin, 2 end."""
     generator = torch.Generator().manual_seed(seed)
-    ids_BL = torch.randint(3, 50, (texts * classes, positions), generator=generator)
+    ids_BL = torch.randint(3, 30_000, (texts * classes, positions), generator=generator)
     length_B = torch.randint(3, positions, (texts * classes,), generator=generator)
     place_L = torch.arange(positions)
     ids_BL[:, 0] = 1
@@ -88,6 +88,7 @@ def planted_activations(texts: int, classes: int, width: int, positions: int, se
     for label in range(classes):
         rows = slice(label * texts, (label + 1) * texts)
         acts_BLD[rows, :, label : label + 2] += raised_BL[rows, :, None]
+    acts_BLD[:, :, 0] += 1 / 1024  # now no token's channels sum to exactly 0, by which SAEBench would take it for padding
     return ids_BL, acts_BLD
 
 

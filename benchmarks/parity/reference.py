@@ -7,6 +7,7 @@ JAXTYPING_DISABLE=1 since its type checks refuse its own probe sets under the be
 """
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -64,10 +65,9 @@ def pooled(folder: Path, sae, special: dict) -> tuple[dict, dict]:
     tensors = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         acts = {"all": given["acts_BLD"].to(dtype) * mask_BL[:, :, None]}
-        cast = sae.to(dtype=dtype)
+        cast = copy.deepcopy(sae).to(dtype=dtype)  # casting there and back would cost its weights their precision
         tensors[f"llm_{name}"] = activation_collection.create_meaned_model_activations(acts)["all"]
         tensors[f"sae_{name}"] = activation_collection.get_sae_meaned_activations(acts, cast, 125)["all"]
-    sae.to(dtype=torch.float32)
     return {"mask": [int(row.sum()) for row in mask_BL], "mask_digest": digest(mask_BL.int().tolist())}, tensors
 
 
