@@ -10,6 +10,7 @@ the test suite) and on a real language model's, of real text.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -98,7 +99,7 @@ def real_job(folder: Path, texts: Path | None, sae: Path | None) -> dict[str, An
     else:
         (folder / "sae").symlink_to(sae.resolve())
     ids_BL, tokens_BLD = inputs.planted_activations(20, 5, lm.width, 12, seed=4)
-    pool = inputs.read_texts(texts) if texts else [text for text, _ in zip(sae_probes.training_texts(), range(6000))]
+    pool = inputs.read_texts(texts) if texts else list(itertools.islice(sae_probes.training_texts(), 6000))
     return _write_job(folder, pool, ids_BL, tokens_BLD, splits, train, test)
 
 
@@ -153,7 +154,11 @@ def check_data(folder: Path, job: dict[str, Any], theirs: dict[str, Any]) -> Ite
     del os.environ["FIPO_DATA_ROOT"]
     for name, splits in theirs["data"].items():
         same = {split: list(found[name][split].items()) == list(given.items()) for split, given in splits.items()}
-        yield f"1 data {name}", f"{len(splits['train'])} classes, train and test texts and their order", all(same.values())
+        yield (
+            f"1 data {name}",
+            f"{len(splits['train'])} classes, train and test texts and their order",
+            all(same.values()),
+        )
 
 
 def check_pooling(folder: Path, job: dict, theirs: dict, tensors: dict[str, Tensor]) -> Iterator[Row]:
@@ -173,7 +178,11 @@ def check_pooling(folder: Path, job: dict, theirs: dict, tensors: dict[str, Tens
         same = (mine == tensors[f"{who}_bfloat16"]).double().mean().item()
         worst = (mine.float() - tensors[f"{who}_bfloat16"].float()).abs().max().item()
         close = worst <= 2**-7 * mine.abs().max().item()
-        yield f"2 pooling {who} bfloat16", f"{same:.2%} bit for bit, largest difference {worst:.1e}", same > 0.99 and close
+        yield (
+            f"2 pooling {who} bfloat16",
+            f"{same:.2%} bit for bit, largest difference {worst:.1e}",
+            same > 0.99 and close,
+        )
 
 
 def check_probe_sets(theirs: dict[str, Any]) -> Iterator[Row]:
@@ -290,7 +299,9 @@ def write_fixture(file: Path, job: dict, theirs: dict, tensors: dict[str, Tensor
 def main() -> None:
     """Print the rows; leave with 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", type=Path, default=Path(".venv-parity/bin/python"), help="of SAEBench's environment")
+    parser.add_argument(
+        "--python", type=Path, default=Path(".venv-parity/bin/python"), help="of SAEBench's environment"
+    )
     parser.add_argument("--texts", type=Path, default=os.environ.get("FIPO_SHARED_DATA"), help="labelled folders")
     parser.add_argument("--sae", type=Path, help="an SAE of MiniLM's layer 3, in SAELens' format")
     parser.add_argument("--fixture", type=Path, help="write the numbers on the planted inputs here")

@@ -20,14 +20,15 @@ TRAIN, TEST, SEED = 40, 20, 42
 """Texts a class and seed of the eight datasets."""
 PAIRS = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
 LANGUAGES = ("C", "Python", "HTML", "Java", "PHP", "Rust", "Go")
-WORDS = "river stone market engine violin harbour protein ledger comet orchard senate glacier tariff melody quarry".split()
+WORDS = "river stone market engine violin harbour protein ledger comet orchard senate glacier tariff melody quarry"
+)
 
 
 def read_texts(folder: Path | None, count: int = 6000) -> list[str]:
     """Distinct texts of the folder's parquet files, or words drawn at random, in an order of their own."""
     if folder is None:
         drawn = random.Random(0)
-        return [" ".join(drawn.choices(WORDS, k=5 + number % 30)) + f" {number}" for number in range(count)]
+        return [" ".join(drawn.choices(WORDS.split(), k=5 + number % 30)) + f" {number}" for number in range(count)]
     files = sorted(folder.rglob("*.parquet"))
     texts = {text for file in files for text in pyarrow.parquet.read_table(file, columns=["text"])["text"].to_pylist()}
     ordered = sorted(text for text in texts if text)
@@ -68,7 +69,8 @@ def write_datasets(root: Path, texts: list[str]) -> None:
         ]
         _write(root / "Helsinki-NLP/europarl" / pair, "train", lines)
     configs = "".join(
-        f"- config_name: {pair}\n  data_files:\n  - split: train\n    path: {pair}/*.parquet\n" for pair in PAIRS.values()
+        f"- config_name: {pair}\n  data_files:\n  - split: train\n    path: {pair}/*.parquet\n"
+        for pair in PAIRS.values()
     )
     (root / "Helsinki-NLP/europarl/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
 
@@ -88,7 +90,9 @@ def planted_activations(texts: int, classes: int, width: int, positions: int, se
     for label in range(classes):
         rows = slice(label * texts, (label + 1) * texts)
         acts_BLD[rows, :, label : label + 2] += raised_BL[rows, :, None]
-    acts_BLD[:, :, 0] += 1 / 1024  # now no token's channels sum to exactly 0, by which SAEBench would take it for padding
+    acts_BLD[:, :, 0] += (
+        1 / 1024
+    )  # now no token's channels sum to exactly 0, by which SAEBench would take it for padding
     return ids_BL, acts_BLD
 
 

@@ -1,5 +1,6 @@
 """What ours computes on the inputs of the parity checks: the public functions of `fipo`, called from one place."""
 
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,16 @@ from torch import Tensor
 
 from fipo.config import Probing, RunConfig
 from fipo.data.harvest import Chunk, harvest
-from fipo.data.labelled import load_labelled
-from fipo.evaluate import pool
+from fipo.data.labelled import _read_split, load_labelled
+from fipo.data.store import ActivationStore
+from fipo.evaluate import make_tasks, pool
 from fipo.export import load_sae
 from fipo.files import read_json, sha256_json
+from fipo.probing import full_accuracies, sparse_accuracies
+from fipo.randomness import generator_for
 from fipo.runs import resolve
 from fipo.sae import SAE
-from fipo.saebench import sparse_probing_record
+from fipo.saebench import metric_name, sparse_probing_record
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -71,6 +75,33 @@ def pooled(chunks: list[Chunk], texts: int, sae: SAE) -> tuple[Tensor, Tensor]:
 
     owners = torch.cat([chunk.text_N for chunk in chunks])
     return pool(SimpleNamespace(texts=lambda: owners, batches=batches), 0, sae, texts)  # type: ignore[arg-type]
+
+
+def pooled_store(store: ActivationStore, texts: int, sae: SAE) -> tuple[Tensor, Tensor]:
+    """The same of token activations on disk, read as they are needed."""
+    return pool(store, 0, sae, texts)
+
+
+def probe(
+    llm_ND: Tensor, sae_NF: Tensor, train_sizes: list[int], test_sizes: list[int], ks: tuple[int, ...], seed: int
+) -> tuple[dict[str, list[float]], float]:
+    """Metric -> accuracy of every class, drawn our own way, and the seconds spent in the probes on everything."""
+    train, test = (make_tasks(sizes, seed, split) for sizes, split in ((train_sizes, "train"), (test_sizes, "test")))
+    found, seconds = {}, 0.0
+    for who, features_NF in (("llm", llm_ND), ("sae", sae_NF)):
+        parts = *features_NF.split([sum(train_sizes), sum(test_sizes)]), train, test
+        start = time.monotonic()
+        found[metric_name(who, None)] = full_accuracies(*parts, generator_for(seed, "full probe", who)).tolist()
+        seconds += time.monotonic() - start
+        sparse = sparse_accuracies(*parts, ks)
+        found |= {metric_name(who, k): accuracy_T.tolist() for k, accuracy_T in sparse.items()}
+    return found, seconds
+
+
+def all_texts(folder: Path, label: str) -> list[str]:
+    """Every distinct text of one class of a labelled folder."""
+    texts = [text for split in ("train", "test") for text in _read_split(folder, split).get(label, [])]
+    return list(dict.fromkeys(texts))
 
 
 def record(folder: Path, accuracies: dict[str, dict[str, dict[str, float]]], ks: list[int]) -> dict[str, Any]:
