@@ -1,8 +1,8 @@
 """Codes and pooled means in the model's own number format, rounded where SAEBench rounds them.
 
 SAEBench casts the SAE to the format of the language model (bfloat16 for Gemma) and stays in it: weights, codes, sums
-and means. A position counts as content where its activations do not sum to exactly 0, which in bfloat16 befalls a few real
-tokens: those add to the sum of the model's activations but not to the count, and not at all to that of the codes.
+and means. A position counts as content where its activations do not sum to exactly 0, which in bfloat16 befalls a few
+real tokens: those add to the sum of the model's activations but not to the count, and not at all to that of the codes.
 Shapes: N texts, B tokens or texts of a batch, L positions, D model width, F latents.
 """
 

@@ -21,7 +21,6 @@ TRAIN, TEST, SEED = 40, 20, 42
 PAIRS = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
 LANGUAGES = ("C", "Python", "HTML", "Java", "PHP", "Rust", "Go")
 WORDS = "river stone market engine violin harbour protein ledger comet orchard senate glacier tariff melody quarry"
-)
 
 
 def read_texts(folder: Path | None, count: int = 6000) -> list[str]:
