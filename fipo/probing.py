@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fipo.rows import Rows
+
 
 class Tasks(NamedTuple):
     """The one-vs-rest tasks of one split of a dataset: row T belongs to class T."""
@@ -122,29 +124,27 @@ def full_accuracies(train_NF: Tensor, test_NF: Tensor, train: Tasks, test: Tasks
     """Best test accuracy [T] of a linear probe on all features, as SAEBench defines it.
 
     AdamW, rate 0.01, batches of 250, at most 100 epochs; a task stops after 10 epochs without a better test accuracy.
-    The tasks of a dataset train side by side; each has its own weights, order and stop. A step multiplies all rows, of
-    which it uses its batch: they are few, and copying out a batch for every task would cost more.
+    The tasks of a dataset train side by side; each has its own weights, order and stop. With one task the generator is
+    drawn from as SAEBench draws. The gradient of the mean logistic loss is (sigmoid(z) - y) x / B.
     """
     tasks, rows = train.rows_TM.shape
-    bound = 1 / math.sqrt(train_NF.shape[1])
-    weights_TF = torch.empty(tasks, train_NF.shape[1], dtype=train_NF.dtype)
-    torch.nn.init.kaiming_uniform_(weights_TF, a=math.sqrt(5), generator=generator).requires_grad_()  # as nn.Linear
-    bias_T = torch.empty(tasks, dtype=train_NF.dtype).uniform_(-bound, bound, generator=generator).requires_grad_()
+    dtype, bound = train_NF.dtype, 1 / math.sqrt(train_NF.shape[1])
+    weights_TF = torch.empty(tasks, train_NF.shape[1], dtype=dtype)
+    torch.nn.init.kaiming_uniform_(weights_TF, a=math.sqrt(5), generator=generator)  # as nn.Linear starts
+    bias_T = torch.empty(tasks, dtype=dtype).uniform_(-bound, bound, generator=generator)
     optimizer = torch.optim.AdamW([weights_TF, bias_T], lr=0.01)
     best_T, waited_T = torch.zeros(tasks), torch.zeros(tasks)
+    train_rows, test_batch = Rows(train_NF), Rows(test_NF).batch(test.rows_TM)
     for _ in range(100):
         order_TM = torch.stack([torch.randperm(rows, generator=generator) for _ in range(tasks)])
         for part_TM in order_TM.split(250, dim=1):
-            logits_TM = (train_NF @ weights_TF.T + bias_T).T.gather(1, train.rows_TM.gather(1, part_TM))
-            labels_TM = train.labels_TM.gather(1, part_TM)
-            loss_TM = torch.nn.functional.binary_cross_entropy_with_logits(logits_TM, labels_TM, reduction="none")
-            optimizer.zero_grad()
-            loss_TM.mean(1).sum().backward()
+            batch = train_rows.batch(train.rows_TM.gather(1, part_TM))
+            labels_TM = train.labels_TM.gather(1, part_TM).to(dtype)
+            error_TM = (batch.products(weights_TF) + bias_T[:, None]).sigmoid() - labels_TM
+            weights_TF.grad, bias_T.grad = batch.sums(error_TM / part_TM.shape[1]), error_TM.mean(1)
             optimizer.step()
-        with torch.no_grad():
-            logits_TN = (test_NF @ weights_TF.T + bias_T).T
-            right_TM = (logits_TN.gather(1, test.rows_TM) > 0) == (test.labels_TM > 0)
-        accuracy_T = right_TM.float().mean(1)
+        logits_TM = test_batch.products(weights_TF) + bias_T[:, None]
+        accuracy_T = ((logits_TM > 0) == (test.labels_TM > 0)).float().mean(1)
         better_T = (accuracy_T > best_T) & (waited_T < 10)
         best_T = torch.where(better_T, accuracy_T, best_T)
         waited_T = torch.where(better_T, 0, waited_T + 1)
