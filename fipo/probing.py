@@ -135,19 +135,21 @@ def full_accuracies(train_NF: Tensor, test_NF: Tensor, train: Tasks, test: Tasks
     optimizer = torch.optim.AdamW([weights_TF, bias_T], lr=0.01)
     best_T, waited_T = torch.zeros(tasks), torch.zeros(tasks)
     train_rows, test_batch = Rows(train_NF), Rows(test_NF).batch(test.rows_TM)
+    weights_TF.grad, bias_T.grad = torch.zeros_like(weights_TF), torch.zeros_like(bias_T)
     for _ in range(100):
-        order_TM = torch.stack([torch.randperm(rows, generator=generator) for _ in range(tasks)])
-        for part_TM in order_TM.split(250, dim=1):
-            batch = train_rows.batch(train.rows_TM.gather(1, part_TM))
-            labels_TM = train.labels_TM.gather(1, part_TM).to(dtype)
-            error_TM = (batch.products(weights_TF) + bias_T[:, None]).sigmoid() - labels_TM
-            weights_TF.grad, bias_T.grad = batch.sums(error_TM / part_TM.shape[1]), error_TM.mean(1)
+        open_O = (waited_T < 10).nonzero()[:, 0]  # a task that has stopped may drift: it is not looked at again
+        if not len(open_O):
+            break
+        order_OM = torch.stack([torch.randperm(rows, generator=generator) for _ in open_O])
+        for part_OM in order_OM.split(250, dim=1):
+            batch = train_rows.batch(train.rows_TM[open_O].gather(1, part_OM))
+            labels_OM = train.labels_TM[open_O].gather(1, part_OM).to(dtype)
+            error_OM = (batch.products(weights_TF[open_O]) + bias_T[open_O, None]).sigmoid() - labels_OM
+            weights_TF.grad[open_O], bias_T.grad[open_O] = batch.sums(error_OM / part_OM.shape[1]), error_OM.mean(1)
             optimizer.step()
         logits_TM = test_batch.products(weights_TF) + bias_T[:, None]
         accuracy_T = ((logits_TM > 0) == (test.labels_TM > 0)).float().mean(1)
         better_T = (accuracy_T > best_T) & (waited_T < 10)
         best_T = torch.where(better_T, accuracy_T, best_T)
         waited_T = torch.where(better_T, 0, waited_T + 1)
-        if bool((waited_T >= 10).all()):
-            break
     return best_T.double()

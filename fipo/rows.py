@@ -38,7 +38,7 @@ class Rows:
 
     def batch(self, rows_TB: Tensor) -> Batch:
         """These rows; a row may stand in several places."""
-        return _DenseBatch(self.features_NF[rows_TB]) if self.sparse is None else self.sparse.batch(rows_TB)
+        return _DenseBatch(self.features_NF, rows_TB) if self.sparse is None else self.sparse.batch(rows_TB)
 
 
 class _SparseRows:
@@ -84,14 +84,16 @@ class _SparseBatch:
 
 
 class _DenseBatch:
-    def __init__(self, rows_TBF: Tensor) -> None:
-        self.rows_TBF = rows_TBF
+    """Task by task: the rows of one fit the processor's cache, those of all do not."""
+
+    def __init__(self, features_NF: Tensor, rows_TB: Tensor) -> None:
+        self.rows = [features_NF[rows_B] for rows_B in rows_TB]
 
     def products(self, weights_TF: Tensor) -> Tensor:
-        return (self.rows_TBF @ weights_TF[:, :, None])[..., 0]
+        return torch.stack([rows_BF @ weights_F for rows_BF, weights_F in zip(self.rows, weights_TF, strict=True)])
 
     def sums(self, delta_TB: Tensor) -> Tensor:
-        return (delta_TB[:, None, :] @ self.rows_TBF)[:, 0]
+        return torch.stack([delta_B @ rows_BF for rows_BF, delta_B in zip(self.rows, delta_TB, strict=True)])
 
 
 def _sparse(features_NF: Tensor) -> _SparseRows | None:
