@@ -47,8 +47,9 @@ PROBE_SETS = [
     {"sizes": [2000, 2000], "seed": 0},
     {"sizes": [20] * 3, "seed": 1},
 ]
-MOST_A_TASK, MOST_ON_AVERAGE = 0.002, 0.001
-"""Accuracy with our solver may differ by so much."""
+MOST_ROWS, MOST_ON_AVERAGE = 2, 0.001
+"""With our solver, which goes to the optimum, so many test rows of a task may be judged otherwise (0.002 of accuracy at
+SAEBench's 1,000 rows), and mean accuracy may differ by so much."""
 
 Row = tuple[str, str, bool]
 """check, what was found, passed"""
@@ -215,48 +216,54 @@ def check_chosen(job: dict, name: str, who: str, features_NF: Tensor, expected: 
         chosen_K = top_latents(train_NF, tasks, case["k"])[0]
         same.append(chosen_K.tolist() == case["latents"])
         x_MK, x_test_MK = train_NF[sets[0][0]][:, chosen_K], test_NF[sets[1][0]][:, chosen_K]
-        solver.append(_scikit_learn(x_MK, sets[0][1], x_test_MK, sets[1][1]) - case["accuracy"])
-        weights_TK, intercept_T = fit_logistic(x_MK[None], sets[0][1][None])
-        right_M = (x_test_MK.double() @ weights_TK[0] + intercept_T > 0) == (sets[1][1] > 0)
-        newton.append(right_M.double().mean().item() - case["accuracy"])
+        for fit, differences in ((scikit_learn, solver), (fit_logistic, newton)):
+            weights_TK, intercept_T = fit(x_MK[None], sets[0][1][None])
+            right_M = (x_test_MK.double() @ weights_TK[0].double() + intercept_T > 0) == (sets[1][1] > 0)
+            differences.append(right_M.double().mean().item() - case["accuracy"])
     yield f"4 chosen {name} {who}", f"{sum(same)} of {len(same)} sets identical", all(same)
-    yield f"4 scikit-learn {name} {who}", f"largest difference {_most(solver):.4f}", _most(solver) == 0
-    yield _with_our_solver(f"4 our solver {name} {who}", newton)
+    yield f"4 scikit-learn {name} {who}", f"largest difference {_most(solver):.4f}", _most(solver) < 1e-9
+    yield _with_our_solver(f"4 our solver {name} {who}", newton, test * 2)
 
 
 def _most(differences: list[float]) -> float:
     return max(map(abs, differences))
 
 
-def _with_our_solver(check: str, differences: list[float]) -> Row:
+def _with_our_solver(check: str, differences: list[float], rows: int) -> Row:
     mean = sum(differences) / len(differences)
     text = f"largest difference {_most(differences):.4f}, mean {mean:+.5f} over {len(differences)}"
-    return check, text, _most(differences) <= MOST_A_TASK + 1e-9 and abs(mean) <= MOST_ON_AVERAGE
+    return check, text, _most(differences) <= MOST_ROWS / rows + 1e-9 and abs(mean) <= MOST_ON_AVERAGE
 
 
-def _scikit_learn(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
+def scikit_learn(x_TMK: Tensor, y_TM: Tensor) -> tuple[Tensor, Tensor]:
+    """`fit_logistic` by SAEBench's solver, task by task."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=1.0, max_iter=1000).fit(x.numpy(), y.int().numpy())
-    return float(model.score(x_test.numpy(), y_test.int().numpy()))
+    fitted = [
+        LogisticRegression(C=1.0, max_iter=1000).fit(x_MK.numpy(), y_M.int().numpy())
+        for x_MK, y_M in zip(x_TMK, y_TM, strict=True)
+    ]
+    weights = torch.stack([torch.from_numpy(one.coef_[0]) for one in fitted])
+    return weights, torch.tensor([float(one.intercept_[0]) for one in fitted])
 
 
 def check_whole(job: dict, given: dict[str, dict[str, Tensor]], expected: dict, mode: str) -> Iterator[Row]:
-    """5: whole datasets, one after another on one stream."""
-    generator = torch.Generator().manual_seed(job["seed"])
+    """5: whole datasets, one after another on one stream, with SAEBench's solver and with ours."""
     train, test = job["sizes"]
-    for name, labels in job["datasets"].items():
-        features_NF = given[name]
-        sizes = [train] * len(labels), [test] * len(labels)
-        found = replay(features_NF["llm"], features_NF["sae"], *sizes, job["ks"], generator, **MODES[mode])
-        theirs = {metric: value for metric, value in expected[name].items() if "-1" not in value}
-        differences = [
-            mine - other
-            for metric, value in theirs.items()
-            for mine, other in zip(found[metric], value.values(), strict=True)
-        ]
-        check, text, passed = _with_our_solver(f"5 {mode} {name}", differences)
-        yield check, text, passed and list(found) == list(theirs)
+    for solver, fit in (("scikit-learn", scikit_learn), ("our solver", fit_logistic)):
+        generator = torch.Generator().manual_seed(job["seed"])
+        for name, labels in job["datasets"].items():
+            both, sizes = given[name], ([train] * len(labels), [test] * len(labels))
+            found = replay(both["llm"], both["sae"], *sizes, job["ks"], generator, fit=fit, **MODES[mode])
+            theirs = {metric: value for metric, value in expected[name].items() if "-1" not in value}
+            differences = [
+                mine - other
+                for metric, value in theirs.items()
+                for mine, other in zip(found[metric], value.values(), strict=True)
+            ]
+            check, text, passed = _with_our_solver(f"5 {mode} {name}, {solver}", differences, 2 * test)
+            same = solver == "our solver" or _most(differences) <= 0.5 / test + 1e-6  # one text, by rounding in pooling
+            yield check, text, passed and same and list(found) == list(theirs)
 
 
 def check_schema(folder: Path, theirs: dict[str, Any]) -> Iterator[Row]:
