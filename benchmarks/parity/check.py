@@ -5,8 +5,8 @@
 
 1 data: the texts selected of the eight datasets. 2 mask and pooling. 3 probe sets. 4 chosen latents, and the accuracy
 on them with the same solver and with ours. 5 whole datasets on one stream of random numbers, with an empty cache, a
-full one, and `lower_vram_usage`. 6 the result file. Twice: on planted activations (whose numbers `--fixture` keeps for
-the test suite) and on a real language model's, of real text.
+full one, and `lower_vram_usage`. 6 the result file. 7 the suite of sae-probes. All but the last twice: on planted
+activations (whose numbers `--fixture` keeps for the test suite) and on a real language model's, of real text.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from fipo.export import save_sae
 from fipo.files import sha256_json
 from fipo.probing import Tasks, fit_logistic, one_vs_rest
 from fipo.replay import replay, top_latents
+from fipo.sae_probes_suite import probe_scores, split, suite_datasets
 
 KS = [1, 2, 5, 10, 20, 50]
 MODES = {"fresh": {}, "cached": {"cached": True}, "cached_lower_vram": {"cached": True, "lower_vram": True}}
@@ -67,7 +68,10 @@ def planted_job(folder: Path) -> dict[str, Any]:
     }
     sae = inputs.planted_sae(width, 64, seed=2)
     save_sae(folder / "sae", sae, model="none", layer=0, context=128, dataset="none", beside={})
-    return _write_job(folder, texts, ids_BL, acts_BLD, splits, train, test)
+    codes_NF, labels = inputs.planted_codes(700, 50, seed=5)
+    save_file({"codes_NF": codes_NF}, folder / "suite.safetensors")
+    suite = {"labels": labels, "ks": [1, 2, 5, 16]}
+    return _write_job(folder, texts, ids_BL, acts_BLD, splits, train, test, suite=suite)
 
 
 def real_job(folder: Path, texts: Path | None, sae: Path | None) -> dict[str, Any]:
@@ -114,7 +118,7 @@ def _split(acts_BLD: Tensor, train: int) -> Iterator[tuple[str, Tensor]]:
     yield from (("train", acts_BLD[:train]), ("test", acts_BLD[train:]))
 
 
-def _write_job(folder, texts, ids_BL, acts_BLD, splits, train, test) -> dict[str, Any]:
+def _write_job(folder, texts, ids_BL, acts_BLD, splits, train, test, **more) -> dict[str, Any]:
     inputs.write_datasets(folder / "hub", texts)
     save_file({"ids_BL": ids_BL, "acts_BLD": acts_BLD.contiguous()}, folder / "tokens.safetensors")
     for name, parts in splits.items():
@@ -128,6 +132,7 @@ def _write_job(folder, texts, ids_BL, acts_BLD, splits, train, test) -> dict[str
     job = {
         **{"train": inputs.TRAIN, "test": inputs.TEST, "seed": inputs.SEED, "ks": KS, "modes": list(MODES)},
         **{"special": SPECIAL, "probe_sets": PROBE_SETS, "datasets": labels, "sizes": [train, test]},
+        **more,
     }
     (folder / "job.json").write_text(json.dumps(job))
     return job
@@ -280,6 +285,27 @@ def check_schema(folder: Path, theirs: dict[str, Any]) -> Iterator[Row]:
         yield f"6 record {part}", f"validates; {len(keys)} keys in their order", found[part] == keys
 
 
+def check_suite_datasets(theirs: dict[str, Any]) -> Iterator[Row]:
+    """7: texts and labels of the 113 datasets of sae-probes."""
+    found = {one.name: sha256_json([one.texts, one.labels])[:16] for one in suite_datasets()}
+    same = list(found.items()) == list(theirs["suite"]["datasets"].items())
+    yield "7 sae-probes datasets", f"{len(found)} datasets, their texts and labels", same
+
+
+def check_suite_scores(folder: Path, job: dict[str, Any], theirs: dict[str, Any]) -> Iterator[Row]:
+    """7: the split, the latents and the scores of sae-probes."""
+    expected, labels = theirs["suite"], job["suite"]["labels"]
+    same = [part.tolist() for part in split(labels)] == [expected["train"], expected["test"]]
+    yield "7 sae-probes split", f"{len(expected['train'])} and {len(expected['test'])} texts in their order", same
+    found = probe_scores(load_file(folder / "suite.safetensors")["codes_NF"], labels, job["suite"]["ks"])
+    names = {"accuracy": "test_acc", "auc": "test_auc", "f1": "test_f1", "validation_auc": "val_auc"}
+    for k, score in found.items():
+        given = expected["scores"][str(k)]
+        worst = max(abs(getattr(score, mine) - given[other]) for mine, other in names.items())
+        latents = score.latents == given["latents"]
+        yield f"7 sae-probes k = {k}", f"largest difference of four scores {worst:.1e}", worst < 1e-9 and latents
+
+
 def check_all(folder: Path, job: dict, theirs: dict, tensors: dict[str, Tensor]) -> Iterator[Row]:
     """All checks of one job."""
     yield from check_data(folder, job, theirs)
@@ -292,6 +318,9 @@ def check_all(folder: Path, job: dict, theirs: dict, tensors: dict[str, Tensor])
     for mode, expected in theirs["whole"].items():
         yield from check_whole(job, given, expected, mode)
     yield from check_schema(folder, theirs)
+    if "suite" in job:
+        yield from check_suite_datasets(theirs)
+        yield from check_suite_scores(folder, job, theirs)
 
 
 def write_fixture(file: Path, job: dict, theirs: dict, tensors: dict[str, Tensor]) -> None:
