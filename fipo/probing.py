@@ -100,19 +100,19 @@ def fit_logistic(x_TMK: Tensor, y_TM: Tensor, c: float = 1.0, tolerance: float =
     return w_TK[:, :-1], w_TK[:, -1]
 
 
-def sparse_accuracies(
+def sparse_answers(
     train_NF: Tensor, test_NF: Tensor, train: Tasks, test: Tasks, ks: tuple[int, ...]
 ) -> dict[int, Tensor]:
-    """Test accuracy [T] of the k best features, for every k. The features are ranked once for all k."""
+    """For every k: is the probe on the k best features right on each test row? [T, M], bool. Ranked once for all k."""
     ranked_TF = mean_difference(train_NF, train).argsort(dim=1, descending=True, stable=True)
-    accuracies = {}
+    answers = {}
     for k in ks:
         chosen_TK = ranked_TF[:, :k]
         weights_TK, intercept_T = fit_logistic(_columns(train_NF, train.rows_TM, chosen_TK), train.labels_TM)
         x_TMK = _columns(test_NF, test.rows_TM, chosen_TK).double()
         logits_TM = torch.einsum("tmk,tk->tm", x_TMK, weights_TK) + intercept_T[:, None]
-        accuracies[k] = ((logits_TM > 0) == (test.labels_TM > 0)).double().mean(1)
-    return accuracies
+        answers[k] = (logits_TM > 0) == (test.labels_TM > 0)
+    return answers
 
 
 def _columns(features_NF: Tensor, rows_TM: Tensor, columns_TK: Tensor) -> Tensor:
