@@ -1,7 +1,7 @@
 """The whole job, in its order: text and model -> activations -> SAEs in step -> saved SAEs -> probing -> report.
 
 A finished folder is left alone, an unfinished one goes on from its last checkpoint; every file is written whole or
-not at all, and `final_info.json` last.
+not at all, and `final_info.json` last. One process at a time works in a folder.
 """
 
 import contextlib
@@ -22,12 +22,14 @@ from fipo.data.store import ActivationStore
 from fipo.errors import UserError
 from fipo.evaluate import probe
 from fipo.export import save_sae
-from fipo.files import write_json
+from fipo.files import remove, remove_temporaries, write_json
+from fipo.lock import locked
 from fipo.log import read_log
-from fipo.loop import CHECKPOINT, LOG, train_all
+from fipo.loop import CHECKPOINTS, LOG, train_all
 from fipo.metrics import max_cosines, quality
 from fipo.provenance import hardware, provenance
 from fipo.report import FINAL
+from fipo.signals import StopSignals
 from fipo.train import TrainState
 
 
@@ -47,11 +49,12 @@ class Phases:
 
 def run(out_dir: Path, experiments: Path) -> None:
     """Do, or finish, the run in `out_dir`; `experiments` holds the run files."""
-    if (out_dir / FINAL).exists():
-        raise UserError(f"{out_dir} holds a finished run, which is never overwritten; name another folder or remove it")
+    refuse_finished(out_dir)
     phases = Phases()
     config = runs.resolve(out_dir, experiments)
-    with writable(out_dir):
+    with StopSignals() as stop, writable(out_dir), locked(out_dir / ".lock"):
+        refuse_finished(out_dir)
+        remove_temporaries(out_dir)
         workload = config.workload
         device = "cuda" if torch.cuda.is_available() else "cpu"
         lm = LanguageModel(
@@ -67,7 +70,7 @@ def run(out_dir: Path, experiments: Path) -> None:
         held_out, source = training_activations(workload.text, lm)
         phases.end("harvest")
         runs.save(config, out_dir)
-        states = train_all(config, source, out_dir, device)
+        states = train_all(config, source, out_dir, device, stop)
         sae_configs = {layer: export(config, layer, state, out_dir) for layer, state in states.items()}
         measures = {layer: measure(state, held_out, place) for place, (layer, state) in enumerate(states.items())}
         phases.end("training")
@@ -79,6 +82,16 @@ def run(out_dir: Path, experiments: Path) -> None:
             for n in workload.layers
         }
         finish(config, out_dir, layers, phases, device)
+
+
+def refuse_finished(out_dir: Path) -> None:
+    """A finished run is never touched, but for what its process had no time to tidy up."""
+    if (out_dir / FINAL).exists():
+        if (out_dir / CHECKPOINTS).exists():
+            with locked(out_dir / ".lock"):
+                remove(out_dir / CHECKPOINTS)
+                remove_temporaries(out_dir)
+        raise UserError(f"{out_dir} holds a finished run, which is never overwritten; name another folder or remove it")
 
 
 @contextlib.contextmanager
@@ -150,5 +163,5 @@ def finish(config: RunConfig, out_dir: Path, layers: dict[int, dict[str, Any]], 
             "layers": {str(layer): info for layer, info in layers.items()},
         },
     )
-    (out_dir / CHECKPOINT).unlink(missing_ok=True)
+    remove(out_dir / CHECKPOINTS)
     report.print_results(out_dir)
