@@ -26,11 +26,14 @@ from fipo.files import remove, remove_temporaries, write_json
 from fipo.lock import locked
 from fipo.log import read_log
 from fipo.loop import CHECKPOINTS, LOG, train_all
+from fipo.memory import enough_memory
 from fipo.metrics import max_cosines, quality
 from fipo.provenance import hardware, provenance
 from fipo.report import FINAL
 from fipo.signals import StopSignals
 from fipo.train import TrainState
+
+TO_LOWER = "workload.context, workload.latents or workload.probing.train_per_class"
 
 
 class Phases:
@@ -52,7 +55,7 @@ def run(out_dir: Path, experiments: Path) -> None:
     refuse_finished(out_dir)
     phases = Phases()
     config = runs.resolve(out_dir, experiments)
-    with StopSignals() as stop, writable(out_dir), locked(out_dir / ".lock"):
+    with StopSignals() as stop, writable(out_dir), locked(out_dir / ".lock"), enough_memory("a run", TO_LOWER):
         refuse_finished(out_dir)
         remove_temporaries(out_dir)
         workload = config.workload

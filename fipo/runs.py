@@ -20,11 +20,11 @@ from fipo.yamlfile import read_yaml, write_yaml
 def resolve(out_dir: Path, experiments: Path) -> RunConfig:
     """The config of the run in `out_dir`; `experiments` is the folder of the run files."""
     own = out_dir / "config.yaml"
-    given = read_yaml(own) if own.is_file() else {}
+    given = read_yaml(own) if own.exists() else {}
     run = str(given.get("run", out_dir.name))
     file = experiments / f"{run}.yaml"
     known = sorted(path.stem for path in experiments.glob("run_*.yaml"))
-    if not file.is_file():
+    if run not in known:  # a name, and no path to somewhere else
         raise UserError(
             f"run {run!r} is unknown; the folder's last name must be one of {', '.join(known)}, or its config.yaml "
             "must name one under `run:`"

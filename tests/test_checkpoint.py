@@ -1,5 +1,5 @@
-"""fipo.checkpoint: tensors come back bitwise; a damaged file or a full disk is told to the user; the last two checkpoints
-are kept, and the newest whole one is found."""
+"""fipo.checkpoint: tensors come back bitwise, what is damaged or does not fit on the disk is told to the user; the last
+two checkpoints are kept, and the newest whole one is found."""
 
 import resource
 import shutil

@@ -10,7 +10,16 @@ from pathlib import Path
 import pytest
 
 from fipo.errors import UserError
-from fipo.files import read_json, replacing, replacing_folder, sha256_file, sha256_json, write_json, write_text
+from fipo.files import (
+    read_json,
+    remove_temporaries,
+    replacing,
+    replacing_folder,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
 
 
 def full_disk(*_args, **_keywords):
@@ -104,11 +113,40 @@ def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
     assert read_json(tmp_path / "a.json") == 1
 
 
-@pytest.mark.parametrize("text", ["{", "", "[" * 100_000, "\ud800"])
+STRANGE = ["NaN", '{"a": -Infinity}', "1e999", '{"a": 1, "a": 1}', "9" * 5000]
+
+
+@pytest.mark.parametrize("text", ["{", "", "[" * 100_000, "\ud800", *STRANGE])
 def test_damaged_json_is_a_user_error_that_names_it(tmp_path, text):
     (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError, match="a.json is not readable JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_json_beyond_all_measure_is_not_read(tmp_path):
+    """A sparse file of 1 TB takes neither time nor memory."""
+    with open(tmp_path / "a.json", "wb") as opened:
+        opened.truncate(2**40)
+    with pytest.raises(UserError, match="a.json is larger than 64 MB: no file of ours"):
+        read_json(tmp_path / "a.json")
+
+
+def test_temporaries_are_removed_and_nothing_else(tmp_path):
+    left = [".a.json.17.tmp", "below/.b.3.tmp", ".folder.4.tmp/inside"]
+    own = ["a.json", ".note.tmp", "b.3.tmp", ".c.tmp.3", "below/c"]
+    for name in left + own:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    remove_temporaries(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(own)
+
+
+def test_a_link_is_removed_and_not_what_it_points_at(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a").write_text("x")
+    (tmp_path / ".link.5.tmp").symlink_to(tmp_path / "precious")
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == ["precious"] and names(tmp_path / "precious") == ["a"]
 
 
 def test_missing_json_is_a_user_error_that_names_it(tmp_path):
