@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 OUT ?= run_1
 
-.PHONY: setup run test check clean
+.PHONY: setup run test check torture fuzz clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +27,12 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(MAKE) test
+
+torture: setup
+	$(VENV)/bin/python benchmarks/torture.py --json build/torture.json
+
+fuzz: setup
+	$(VENV)/bin/python benchmarks/fuzz.py --json build/fuzz.json
 
 clean:
 	rm -rf $(VENV)
