@@ -3,8 +3,8 @@
     python benchmarks/fuzz.py --json OUT [--cases N] [--seed N]
 
 A good file is changed at random (bits, bytes, ranges, numbers, lengths, nesting, paths, tags), then read by the
-function that reads it in a run. It must be refused in one line (`UserError`), or what was read must be right: equal to the
-original where a checksum covers it, else equal to what a second, independent reader finds, and in range. Counted are
+function that reads it in a run. It must be refused in one line (`UserError`), or what was read must be right: equal to
+the original where a checksum covers it, else equal to what a second, independent reader finds, and in range. Counted are
 exceptions of any other kind, reads of more than 5 s or with more than 1 GB of memory, crashes, and wrong values.
 """
 
@@ -349,7 +349,7 @@ def _damaged_once(content: bytes, chance: random.Random, text: bool) -> bytes:
     start = chance.randrange(size)
     end = min(size, start + chance.choice((1, 2, 8, 64, 1000)))
     first, last = _value_at(content, start)
-    lengths = (0, 1, 2**31, 2**62, 2**63, 2**64 - 1, size, size - 8, 100_000_001)
+    lengths = (0, 1, 2**31, 2**62, 2**63, 2**64 - 1, size, max(0, size - 8), 100_000_001)
     ways: list[Callable[[], bytes]] = [
         lambda: content[:start] + bytes([content[start] ^ (1 << chance.randrange(8))]) + content[start + 1 :],
         lambda: content[:start] + chance.randbytes(end - start) + content[end:],
@@ -361,7 +361,39 @@ def _damaged_once(content: bytes, chance: random.Random, text: bool) -> bytes:
     ]
     ways += [lambda: content[:first] + chance.choice(NASTY) + content[last:]] * (8 if text else 3)
     ways += [lambda: struct.pack("<Q", chance.choice(lengths)) + content[8:]] * (0 if text else 2)
+    ways += [lambda: _lying_header(content, chance)] * (0 if text else 8)
     return chance.choice(ways)()
+
+
+def _lying_header(content: bytes, chance: random.Random) -> bytes:
+    """A safetensors file whose header says something else and is of the right length; other files stay as they are."""
+    try:
+        (length,) = struct.unpack_from("<Q", content)
+        header = json.loads(content[8 : 8 + length])
+        name = chance.choice([name for name in header if name != "__metadata__"])
+        entry = header[name]
+        sizes = (0, -1, 1, 7, 10**9, 2**40, 2**63, 2**64, 10**30, 1.5, "8", None, [8])
+        match chance.randrange(6):
+            case 0:
+                entry["dtype"] = chance.choice(
+                    ["F64", "BF16", "I64", "BOOL", "U8", "F8_E4M3", "F4", "C64", "X", 3, None]
+                )
+            case 1:
+                entry["shape"][chance.randrange(len(entry["shape"]))] = chance.choice(sizes)
+            case 2:
+                entry["shape"] = chance.choice([[], [0], [2**32, 2**32], [1] * 5000, 8, "[8]", entry["shape"][::-1]])
+            case 3:
+                entry["data_offsets"][chance.randrange(2)] = chance.choice(sizes)
+            case 4:
+                header[chance.choice(["../x", "/etc/passwd", "", "W_dec", "x" * 9999, "__metadata__"])] = header.pop(
+                    name
+                )
+            case 5:
+                header[name + "_"] = dict(entry)
+    except (ValueError, LookupError, AttributeError, TypeError, struct.error):
+        return content[:-1]
+    changed = json.dumps(header).encode()
+    return struct.pack("<Q", len(changed)) + changed + content[8 + length :]
 
 
 def _value_at(content: bytes, place: int) -> tuple[int, int]:
