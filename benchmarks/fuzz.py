@@ -4,8 +4,8 @@
 
 A good file is changed at random (bits, bytes, ranges, numbers, lengths, nesting, paths, tags), then read by the
 function that reads it in a run. It must be refused in one line (`UserError`), or what was read must be right: equal to
-the original where a checksum covers it, else equal to what a second, independent reader finds, and in range. Counted are
-exceptions of any other kind, reads of more than 5 s or with more than 1 GB of memory, crashes, and wrong values.
+the original where a checksum covers it, else equal to what a second, independent reader finds, and in range. Counted
+are exceptions of any other kind, reads of more than 5 s or with more than 1 GB of memory, crashes, and wrong values.
 """
 
 import argparse
@@ -390,7 +390,7 @@ def _lying_header(content: bytes, chance: random.Random) -> bytes:
                 )
             case 5:
                 header[name + "_"] = dict(entry)
-    except (ValueError, LookupError, AttributeError, TypeError, struct.error):
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError, struct.error):
         return content[:-1]
     changed = json.dumps(header).encode()
     return struct.pack("<Q", len(changed)) + changed + content[8 + length :]

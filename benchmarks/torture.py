@@ -1,6 +1,6 @@
 """A small real run, killed at random moments and started again, and one whose disk fails: what is lost?
 
-    python benchmarks/torture.py --json OUT [--kills N] [--faults N] [--seed N]
+    python benchmarks/torture.py --json OUT [--kills N] [--faults N] [--seed N] [--only run_3]
 
 The whole command runs (harvest, training, checkpoints, probing, report) on tiny random models, in a process of its own
 that is killed with SIGKILL at a random moment of a phase or between any two changes of the file system, or asked to
@@ -183,11 +183,12 @@ def wait(child: int, board: Board, spent: dict[str, float] | None = None) -> int
         time.sleep(0.0005)
 
 
-def prepare(root: Path) -> list[tuple[str, Path]]:
+def prepare(root: Path, only: str | None) -> list[tuple[str, Path]]:
     """Models, text, labels and two workloads on disk: one from a cache, one straight from the model."""
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == 0
-        return [("run_3", root / "stored.yaml"), ("run_6", root / "live.yaml")]
+        made = [("run_3", root / "stored.yaml"), ("run_6", root / "live.yaml")]
+        return [pair for pair in made if only in (None, pair[0])]
     tiny.write_parquet(root / "text" / "train.parquet", {"text": tiny.sentences(150, seed=1)})
     labels = [tiny.write_labelled(root / "topics")]
     for name, architecture, changes in (
@@ -376,14 +377,15 @@ def main() -> int:
     """Kill, fail, compare, write the numbers."""
     parser = argparse.ArgumentParser(description="Kill a small run at random moments; is anything lost?")
     parser.add_argument("--json", type=Path, required=True, help="where the numbers go")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--faults", type=int, default=28)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--faults", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("run_3", "run_6"), help="one kind of run in place of two")
     arguments = parser.parse_args()
     chance, began = random.Random(arguments.seed), time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="fipo_torture_"))
     numbers = itertools.count()
-    victims = [reference(root, run, workload, next(numbers)) for run, workload in prepare(root)]
+    victims = [reference(root, run, workload, next(numbers)) for run, workload in prepare(root, arguments.only)]
     kills: dict[tuple[str, str], int] = {}
     lost = different = runs = 0
     while sum(kills.values()) < arguments.kills:

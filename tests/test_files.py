@@ -167,3 +167,4 @@ def test_sha256_of_json_ignores_the_order_of_keys_alone():
 
 def test_user_error_is_one_line():
     assert str(UserError("a\n   b\tc")) == "a b c"
+    assert len(str(UserError("x" * 10**6))) < 1100

@@ -25,6 +25,7 @@ from fipo.export import load_sae
 from fipo.files import read_json
 from fipo.lock import locked
 from fipo.report import check_is_result
+from fipo.results import read_result
 from fipo.signals import Interrupted
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -124,6 +125,10 @@ def test_final_info(finished):
     assert info["eval_result_metrics"]["sae"]["sae_top_5_test_accuracy"] > 0.7
     assert info["final_loss"] == log(finished)[-1]["loss"]
     assert "torch" in info["versions"] and info["git_revision"] and info["hardware"]["cores"]
+
+
+def test_the_record_is_read_as_one(finished):
+    assert read_result(finished) == read_json(finished / "final_info.json")
 
 
 def test_training_log(finished):
