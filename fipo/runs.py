@@ -12,7 +12,7 @@ from typing import Any
 
 from fipo.config import RunConfig
 from fipo.errors import UserError
-from fipo.records import from_dict, to_dict
+from fipo.records import from_dict, require, to_dict
 from fipo.workloads import find_workload
 from fipo.yamlfile import read_yaml, write_yaml
 
@@ -30,7 +30,13 @@ def resolve(out_dir: Path, experiments: Path) -> RunConfig:
             "must name one under `run:`"
         )
     values = merge(merge(read_yaml(experiments / "base.yaml"), read_yaml(file)), given)
-    overrides = values.pop("workload", {}) or {}
+    overrides = values.pop("workload", {})
+    require(
+        overrides not in (None, ""),
+        "workload",
+        overrides,
+        "a name, or a mapping of keys to values; leave it out for the default",
+    )
     if not isinstance(overrides, dict):
         overrides = {"name": overrides}
     name = str(overrides.get("name") or os.environ.get("FIPO_WORKLOAD") or "minilm")

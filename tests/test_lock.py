@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from fipo import lock
 from fipo.errors import UserError
 from fipo.lock import locked
 
@@ -87,3 +88,18 @@ def test_a_link_in_its_place_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot write .*lock"), locked(tmp_path / ".lock"):
         pass
     assert (tmp_path / "precious").read_text() == "content" and os.path.islink(tmp_path / ".lock")
+
+
+def test_a_lock_on_a_file_that_is_gone_is_none(tmp_path, monkeypatch):
+    """Its holder removed it between our opening and our lock: the file of that name now is another one."""
+    original, calls = lock._lock, []
+
+    def late(opened, path, wait):
+        if not calls:
+            path.unlink()
+        calls.append(opened)
+        original(opened, path, wait)
+
+    monkeypatch.setattr(lock, "_lock", late)
+    with locked(tmp_path / ".lock"):
+        assert (tmp_path / ".lock").exists() and len(calls) == 2

@@ -116,6 +116,7 @@ def test_saved_config_keeps_a_section_off_that_the_run_file_has_on(tmp_path):
         ({"workload": {"k": "many"}}, "workload.k is 'many'; expected int"),
         ({"workload": "tiny"}, "workload 'tiny' is unknown; FIPO_WORKLOAD takes minilm, pythia-70m, gemma-2-2b"),
         ({"workload": [1]}, "workload .* is unknown"),
+        ({"workload": None}, "workload is None; expected a name, or a mapping of keys to values; leave it out"),
         ({"architecture": "gated"}, "architecture is 'gated'; expected one of relu"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": True}, "seed is True"),
