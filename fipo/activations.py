@@ -133,6 +133,8 @@ class JumpReLU(Activation):
 
     def forward(self, pre_BF: Tensor) -> Tensor:
         """Codes [B, F]; the gradient to θ is that of the step, times pre."""
+        if not torch.is_grad_enabled():
+            return torch.where(pre_BF > self.threshold_F, pre_BF, 0)
         return pre_BF * _Step.apply(pre_BF, self.threshold_F, self.bandwidth)
 
     def sparsity(self, pre_BF: Tensor, codes_BF: Tensor, dec_FD: Tensor) -> Tensor:

@@ -1,20 +1,23 @@
-"""Several finished runs side by side, as a Markdown table made from their result files alone.
-
-    python -m fipo.compare results/seed_*/run_* > docs/results/minilm.md
+"""Several finished runs side by side, as Markdown made from their result files alone.
 
 Runs of one name, workload and layer are seeds of one another: the table gives mean ± standard deviation over them.
+Below it the first run is set against each other one, answer by answer, with 95 % bootstrap intervals. Reads run folders
+and the folders that `fipo probe --out` writes.
 """
 
-import argparse
 import statistics
-import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fipo.errors import EXIT_CODE, UserError
+from fipo.checkpoint import load_tensors
+from fipo.errors import UserError
 from fipo.files import read_json
-from fipo.report import FINAL
+from fipo.probe_job import OUTCOMES_SUFFIX, RESULT_SUFFIX
+from fipo.randomness import generator_for
+from fipo.report import FINAL, OUTCOMES
 from fipo.saebench import overall_metrics
+from fipo.uncertainty import Answers, Interval, bootstrap
 
 COLUMNS = {
     "FVU": ("held_out_fvu", "{:.3f}"),
@@ -23,53 +26,136 @@ COLUMNS = {
     "mean max cosine": ("mean_max_cosine", "{:.3f}"),
     "SAE top-1": ("sae_top_1_test_accuracy", "{:.3f}"),
     "LLM top-1": ("llm_top_1_test_accuracy", "{:.3f}"),
+    "PCA top-1": ("pca_top_1_test_accuracy", "{:.3f}"),
+    "random top-1": ("random_top_1_test_accuracy", "{:.3f}"),
     "SAE top-5": ("sae_top_5_test_accuracy", "{:.3f}"),
     "LLM top-5": ("llm_top_5_test_accuracy", "{:.3f}"),
+    "random top-5": ("random_top_5_test_accuracy", "{:.3f}"),
 }
+COMPARED_KS = (1, 5)
 
 
-def table(folders: list[Path]) -> str:
-    """The Markdown table of the runs in `folders`; every one must be finished."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+class Result(NamedTuple):
+    """One SAE of one run, as its result file tells."""
+
+    run: str
+    seed: int
+    layer: int
+    record: dict[str, Any]
+    outcomes: Path
+    origin: str
+
+
+def report(folders: Sequence[Path]) -> str:
+    """The table of all runs in `folders`, the differences between them, and where the numbers come from."""
+    results = [result for folder in folders for result in read_results(folder)]
     seeds: dict[str, set[int]] = {}
-    origins: set[str] = set()
-    for folder in folders:
-        file = folder / FINAL
-        if not file.is_file():
-            raise UserError(f"{folder} holds no {FINAL}: it is no finished run; leave it out or finish it")
-        info = read_json(file)
-        seeds.setdefault(info["run"], set()).add(info["seed"])
-        origins.add(f"git {info['git_revision'][:12]}, torch {info['versions']['torch']}, {info['hardware']['cpu']}")
-        for layer, record in info["layers"].items():
-            groups.setdefault((info["workload"], info["run"], layer), []).append(record)
-    lines = [f"| workload | run | layer | {' | '.join(COLUMNS)} |", "|---" * (3 + len(COLUMNS)) + "|"]
-    for (workload, run, layer), records in sorted(groups.items()):
-        cells = [_cell(records, key, form) for key, form in COLUMNS.values()]
-        lines.append(f"| {workload} | {run} | {layer} | {' | '.join(cells)} |")
+    for result in results:
+        seeds.setdefault(result.run, set()).add(result.seed)
     names = "; ".join(f"{run}: {', '.join(map(str, sorted(of)))}" for run, of in sorted(seeds.items()))
-    notes = f"\nMean ± standard deviation over seeds ({names}). Made by `python -m fipo.compare` from result files of:"
-    return "\n".join([*lines, notes, *(f"- {origin}" for origin in sorted(origins))]) + "\n"
+    notes = f"Mean ± standard deviation over seeds ({names}). Made by `fipo compare` from result files of:\n"
+    origins = "\n".join(f"- {origin}" for origin in sorted({result.origin for result in results}))
+    return "\n".join([table(results), *differences(results), notes, origins]) + "\n"
+
+
+def read_results(folder: Path) -> list[Result]:
+    """The results in a run folder or in a folder of `fipo probe`."""
+    if (folder / FINAL).is_file():
+        info = read_json(folder / FINAL)
+        return [
+            Result(
+                info["run"],
+                info["seed"],
+                int(layer),
+                {"workload": info["workload"], **record},
+                folder / f"layer_{layer}" / OUTCOMES,
+                _origin(info),
+            )
+            for layer, record in info["layers"].items()
+        ]
+    found = []
+    for file in sorted(folder.glob(f"*{RESULT_SUFFIX}")):
+        record = read_json(file)
+        sae, beside = record["sae"], file.name.removesuffix(RESULT_SUFFIX) + OUTCOMES_SUFFIX
+        run, seed = sae["run"] or sae["name"], sae["seed"] or 0
+        found.append(Result(run, seed, sae["layer"], {"workload": "-", **record}, folder / beside, _origin(record)))
+    if not found:
+        raise UserError(f"{folder} holds no {FINAL} and no *{RESULT_SUFFIX}: finish the run, or leave it out")
+    return found
+
+
+def table(results: Sequence[Result]) -> str:
+    """One row a workload, run and layer."""
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for result in results:
+        groups.setdefault((result.record["workload"], result.run, result.layer), []).append(_flat(result.record))
+    shown = {
+        title: column for title, column in COLUMNS.items() if any(column[0] in r for of in groups.values() for r in of)
+    }
+    lines = [f"| workload | run | layer | {' | '.join(shown)} |", "|---" * (3 + len(shown)) + "|"]
+    for (workload, run, layer), records in sorted(groups.items()):
+        cells = [_cell(records, key, form) for key, form in shown.values()]
+        lines.append(f"| {workload} | {run} | {layer} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def differences(results: Sequence[Result]) -> list[str]:
+    """Paired differences of every run from the first one: by layer, and between two runs by dataset as well."""
+    runs = list(dict.fromkeys(sorted(result.run for result in results)))
+    base, others = runs[0], runs[1:]
+    lines = []
+    for other in others:
+        for layer in sorted({result.layer for result in results}):
+            rows = {k: _paired(results, base, other, layer, k) for k in COMPARED_KS}
+            for place, name in enumerate(rows[COMPARED_KS[0]]):
+                if place == 0 or len(others) == 1:
+                    cells = " | ".join(_shown(rows[k].get(name)) for k in COMPARED_KS)
+                    lines.append(f"| {other} - {base} | {layer} | {name} | {cells} |")
+    if not lines:
+        return []
+    heads = " | ".join(f"SAE top-{k}" for k in COMPARED_KS)
+    return [f"| difference | layer | datasets | {heads} |", "|---" * (3 + len(COMPARED_KS)) + "|", *lines, ""]
+
+
+def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int) -> dict[str, Interval]:
+    """`all` and every dataset -> difference of accuracies over the seeds that both runs have."""
+    found: dict[str, list[Answers]] = {}
+    by_seed = {(result.run, result.seed): result for result in results if result.layer == layer}
+    for (run, seed), result in by_seed.items():
+        partner = by_seed.get((base, seed))
+        if run != other or partner is None or not (result.outcomes.is_file() and partner.outcomes.is_file()):
+            continue
+        ours, theirs = load_tensors(result.outcomes), load_tensors(partner.outcomes)
+        for name in [key.removesuffix("/rows_TM") for key in ours if key.endswith("/rows_TM")]:
+            key = f"{name}/sae_top_{k}/right_TM"
+            if key in ours and key in theirs and ours[f"{name}/rows_TM"].equal(theirs[f"{name}/rows_TM"]):
+                values_TM = ours[key].double() - theirs[key].double()
+                found.setdefault(name, []).append(Answers(values_TM, ours[f"{name}/rows_TM"].long()))
+    if not found:
+        return {}
+    intervals = {
+        name: bootstrap(answers, generator_for(0, "bootstrap", name, layer, k))[1] for name, answers in found.items()
+    }
+    everything = [one for answers in found.values() for one in answers]
+    return {"all": bootstrap(everything, generator_for(0, "bootstrap", layer, k))[1], **intervals}
+
+
+def _shown(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    controls = record.get("eval_result_controls", {}).get("mean", {})
+    return {**record, **overall_metrics(record), **controls}
 
 
 def _cell(records: list[dict[str, Any]], key: str, form: str) -> str:
-    values = [{**record, **overall_metrics(record)}[key] for record in records]
+    values = [record.get(key) for record in records]
     if None in values:
         return "-"
     spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
     return form.format(statistics.fmean(values)) + spread
 
 
-def main() -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description="Finished runs side by side, as Markdown.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
-    try:
-        sys.stdout.write(table(parser.parse_args().folders))
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_CODE
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _origin(info: dict[str, Any]) -> str:
+    return f"git {info['git_revision'][:12]}, torch {info['versions']['torch']}, {info['hardware']['cpu']}"

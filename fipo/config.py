@@ -54,12 +54,22 @@ class Probing:
     """Test texts a class."""
     ks: tuple[int, ...] = (1, 2, 5, 10, 20, 50)
     """Numbers of latents a probe may use."""
+    repeats: int = 1
+    """Draws of splits and negatives; the first is the result, all of them give its spread."""
+    rng: Literal["fipo", "saebench"] = "fipo"
+    """`fipo`: one generator a dataset, class and split, hence the same negatives for every k and method. `saebench`:
+    SAEBench's single stream of random numbers, replayed."""
+    pooling: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of encoding and averaging; `bfloat16` is SAEBench's for models that run in it."""
+    cached: bool = False
+    """Keep the token activations of the texts on disk, for runs that follow; False pools them as they come."""
 
     def __post_init__(self) -> None:
         require(len(self.datasets) > 0, "probing.datasets", self.datasets, "at least one dataset")
         require(len(self.ks) > 0 and min(self.ks) > 0, "probing.ks", self.ks, "positive numbers of latents")
         require(self.train_per_class > 1, "probing.train_per_class", self.train_per_class, "at least 2 texts")
         require(self.test_per_class > 1, "probing.test_per_class", self.test_per_class, "at least 2 texts")
+        require(self.repeats > 0, "probing.repeats", self.repeats, "at least one draw")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

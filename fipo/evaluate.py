@@ -1,105 +1,280 @@
-"""Sparse probing of saved SAEs: texts once through the language model, all layers and all SAEs at once.
+"""Sparse probing of saved SAEs: texts once through the language model, for all layers, SAEs and controls at once.
 
-Token activations come from the activation store, codes are averaged over a text's content tokens as they are made.
-Shapes: N texts or tokens, L layers, D model width, F latents.
+Shapes: N texts, B tokens, T tasks (classes) of a dataset, M rows of a task, D model width, F latents, R repeats.
 """
 
-from collections.abc import Callable
+import functools
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fipo.config import RunConfig
+from fipo import controls
+from fipo.config import Probing
+from fipo.data.harvest import Chunk
 from fipo.data.labelled import LabelledText
 from fipo.data.lm import LanguageModel
-from fipo.data.prepare import probe_activations
+from fipo.data.prepare import probe_chunks, probe_key, probe_store
 from fipo.data.store import ActivationStore
 from fipo.errors import UserError
 from fipo.export import load_sae
-from fipo.probing import Tasks, full_accuracies, one_vs_rest, sparse_accuracies
+from fipo.files import sha256_file
+from fipo.pooling import FeatureMap, numbers_or_read, pool_or_read
+from fipo.probing import Tasks, full_accuracies, one_vs_rest, sparse_answers
 from fipo.progress import progress
 from fipo.randomness import generator_for
 from fipo.sae import SAE
-from fipo.saebench import metric_name
 
-Accuracies = dict[str, dict[str, dict[str, float]]]
-"""dataset -> metric -> class -> accuracy"""
+SAMPLE_TEXTS = 128
+"""Places, evenly spaced over all datasets, from which the tokens come on which an SAE's L0 and scale are found."""
+
+
+class Subject(NamedTuple):
+    """An SAE to be probed."""
+
+    layer: int
+    sae: SAE
+    key: str
+    """Names its weights."""
+
+
+class Scores(NamedTuple):
+    """What one kind of features scores on one dataset."""
+
+    full_T: Tensor | None
+    """Accuracy of the probe on all features; None where it was not asked for."""
+    right: dict[int, Tensor]
+    """k -> is each test row right, [T, M]; of the first draw."""
+    repeated: dict[int, Tensor]
+    """k -> accuracy of every draw, [R, T]."""
+
+
+class DatasetScores(NamedTuple):
+    """All that was found on one dataset for one SAE."""
+
+    name: str
+    classes: list[str]
+    rows_TM: Tensor
+    """Numbers of the test texts behind the rows."""
+    scores: dict[str, Scores]
+    """`llm` (channels), `sae` (latents), and the controls `pca` and `random`."""
+
+
+def load_subject(folder: Path, layer: int) -> Subject:
+    """The SAE saved in `folder`."""
+    return Subject(layer, load_sae(folder), sha256_file(folder / "sae_weights.safetensors"))
 
 
 def probe(
-    config: RunConfig,
     lm: LanguageModel,
     data: list[LabelledText],
-    folders: dict[int, Path],
-    end_phase: Callable[[str], None],
-) -> dict[int, Accuracies]:
-    """Accuracies of the SAE saved in each layer's folder, beside the model's own channels.
+    subjects: Mapping[str, Subject],
+    probing: Probing,
+    seed: int,
+    *,
+    keep: bool = True,
+    harvested: Callable[[], None] = lambda: None,
+) -> dict[str, list[DatasetScores]]:
+    """Scores of every SAE on every dataset, beside the model's own channels and the controls.
 
-    `end_phase` is called when the time spent so far belongs to a phase: `harvest` or `probing`.
+    `keep`: keep the SAEs' pooled codes in the cache (the model's channels always are). `harvested` is called when the
+    token activations that are to be kept are on disk.
     """
-    saes = {layer: load_sae(folder) for layer, folder in folders.items()}
-    stores = []
-    with progress("probe text", sum(len(one.texts) for one in data), "texts") as advance:
+    for name, subject in subjects.items():
+        _check_fits(name, subject, lm, probing)
+    stores: dict[str, ActivationStore] = {}
+    if probing.cached:
+        with progress("probe text", sum(len(one.texts) for one in data), "texts") as advance:
+            for one in data:
+                stores[one.name] = probe_store(one, lm)
+                advance(len(one.texts), one.name)
+    harvested()
+    maps = _feature_maps(lm, data, stores, subjects, probing, seed, keep)
+    results: dict[str, list[DatasetScores]] = {name: [] for name in subjects}
+    with progress("probing", len(data) * len(subjects), "datasets") as advance:
         for one in data:
-            stores.append(probe_activations(one, lm))
-            advance(len(one.texts), one.name)
-    end_phase("harvest")
-    results: dict[int, Accuracies] = {layer: {} for layer in saes}
-    with progress("probing", len(data) * len(saes), "datasets") as advance:
-        for one, store in zip(data, stores, strict=True):
-            for layer, sae in saes.items():
-                results[layer][one.name] = _probe_one(config, one, store, lm.layers.index(layer), sae)
-                advance(1, one.name)
+            pooled = dict(zip(maps, _pooled(one, stores.get(one.name), lm, maps.values(), probing), strict=True))
+            tasks = Draws(one, probing, seed)
+            by_layer = functools.cache(functools.partial(_score_layer, pooled, tasks))
+            for name, subject in subjects.items():
+                scores = {**by_layer(subject.layer), "sae": tasks.score("sae", pooled["sae", name], full=True)}
+                scores["random"] = tasks.score("random", pooled["random", name], full=False)
+                results[name].append(DatasetScores(one.name, list(one.train), tasks.first[1].rows_TM, scores))
+                advance(1, f"{one.name} {name}")
     return results
 
 
-def _probe_one(
-    config: RunConfig, data: LabelledText, store: ActivationStore, index: int, sae: SAE
-) -> dict[str, dict[str, float]]:
-    """All metrics of one dataset and one SAE: metric -> class -> accuracy."""
-    llm_ND, sae_NF = pool(store, index, sae, len(data.texts))
-    labels, rows = list(data.train), sum(map(len, data.train.values()))
-    tasks = {
-        split: make_tasks([len(texts) for texts in classes.values()], config.seed, data.name, split)
-        for split, classes in (("train", data.train), ("test", data.test))
-    }
-    metrics = {}
-    for who, features in (("sae", sae_NF), ("llm", llm_ND)):
-        train_NF, test_NF = features[:rows], features[rows:]
-        generator = generator_for(config.seed, "full probe", data.name, who)
-        metrics[metric_name(who, None)] = full_accuracies(train_NF, test_NF, tasks["train"], tasks["test"], generator)
-    for who, features in (("llm", llm_ND), ("sae", sae_NF)):
-        sparse = sparse_accuracies(
-            features[:rows], features[rows:], tasks["train"], tasks["test"], config.workload.probing.ks
+class Draws:
+    """The binary tasks of a dataset, drawn as often as repeats are asked for: the first on the given split, the others
+    on splits drawn anew from the same texts. Every kind of features meets the same tasks."""
+
+    def __init__(self, data: LabelledText, probing: Probing, seed: int) -> None:
+        self.data, self.probing, self.seed = data, probing, seed
+        train_N, test_N = _numbers(data)
+        self.train_texts = sum(map(len, train_N))
+        self.draws = [self._draw(train_N, test_N, repeat) for repeat in range(probing.repeats)]
+
+    @property
+    def first(self) -> tuple[Tasks, Tasks]:
+        """Training and test tasks of the result; rows are numbers of texts."""
+        return self.draws[0]
+
+    def _draw(self, train_N: list[Tensor], test_N: list[Tensor], repeat: int) -> tuple[Tasks, Tasks]:
+        purpose = (self.data.name,) if repeat == 0 else (self.data.name, "repeat", repeat)
+        if repeat:
+            generator = generator_for(self.seed, "split", *purpose)
+            sizes = [len(class_N) for class_N in train_N]
+            whole = [torch.cat(pair) for pair in zip(train_N, test_N, strict=True)]
+            mixed = [class_N[torch.randperm(len(class_N), generator=generator)] for class_N in whole]
+            train_N = [class_N[:size] for class_N, size in zip(mixed, sizes, strict=True)]
+            test_N = [class_N[size:] for class_N, size in zip(mixed, sizes, strict=True)]
+        return (
+            make_tasks(train_N, self.seed, *purpose, "train"),
+            make_tasks(test_N, self.seed, *purpose, "test"),
         )
-        metrics |= {metric_name(who, k): accuracy_T for k, accuracy_T in sparse.items()}
-    return {name: dict(zip(labels, value_T.tolist(), strict=True)) for name, value_T in metrics.items()}
+
+    def score(self, who: str, features_NF: Tensor, *, full: bool) -> Scores:
+        """Scores of pooled features, [N, F] for all texts of the dataset."""
+        ks = self.probing.ks
+        answers = [sparse_answers(features_NF, features_NF, train, test, ks) for train, test in self.draws]
+        full_T = None
+        if full:
+            train, test = self.first
+            rows = self.train_texts
+            generator = generator_for(self.seed, "full probe", self.data.name, who)
+            test = Tasks(test.rows_TM - rows, test.labels_TM)
+            full_T = full_accuracies(features_NF[:rows], features_NF[rows:], train, test, generator)
+        repeated = {k: torch.stack([one[k].double().mean(1) for one in answers]) for k in ks}
+        return Scores(full_T, answers[0], repeated)
 
 
-def make_tasks(class_sizes: list[int], seed: int, *purpose: object) -> Tasks:
-    """One task a class; the same negatives for every k and for latents and channels alike."""
+def make_tasks(texts: list[Tensor], seed: int, *purpose: object) -> Tasks:
+    """One task a class, over the numbers of each class's texts; the same for every k and every kind of features."""
+    sizes, numbers_N = [len(class_N) for class_N in texts], torch.cat(texts)
     drawn = [
-        one_vs_rest(class_sizes, positive, generator_for(seed, "probe", *purpose, positive))
-        for positive in range(len(class_sizes))
+        one_vs_rest(sizes, positive, generator_for(seed, "probe", *purpose, positive)) for positive in range(len(sizes))
     ]
-    return Tasks(torch.stack([rows for rows, _ in drawn]), torch.stack([labels for _, labels in drawn]))
+    return Tasks(numbers_N[torch.stack([rows for rows, _ in drawn])], torch.stack([labels for _, labels in drawn]))
+
+
+def _numbers(data: LabelledText) -> tuple[list[Tensor], list[Tensor]]:
+    """Numbers of each class's training and test texts in `data.texts`."""
+    sizes = [len(texts) for split in (data.train, data.test) for texts in split.values()]
+    parts = list(torch.arange(sum(sizes)).split(sizes))
+    return parts[: len(data.train)], parts[len(data.train) :]
+
+
+def _score_layer(pooled: dict[tuple[str, object], Tensor], tasks: Draws, layer: int) -> dict[str, Scores]:
+    """The model's channels and their principal components: the same for every SAE of a layer."""
+    llm_ND = pooled["llm", layer]
+    mean_D, directions_DC = controls.principal_components(llm_ND[: tasks.train_texts])
+    return {
+        "llm": tasks.score("llm", llm_ND, full=True),
+        "pca": tasks.score("pca", (llm_ND - mean_D) @ directions_DC, full=False),
+    }
+
+
+def _pooled(
+    data: LabelledText, store: ActivationStore | None, lm: LanguageModel, maps: Iterable[FeatureMap], probing: Probing
+) -> list[Tensor]:
+    def chunks() -> Iterable[Chunk]:
+        return probe_chunks(data.texts, lm) if store is None else store.chunks(2048)
+
+    return pool_or_read(
+        probe_key(data, lm),
+        chunks,
+        len(data.texts),
+        list(maps),
+        lm.layers,
+        device=lm.device,
+        precision=probing.pooling,
+    )
+
+
+def _feature_maps(
+    lm: LanguageModel,
+    data: list[LabelledText],
+    stores: dict[str, ActivationStore],
+    subjects: Mapping[str, Subject],
+    probing: Probing,
+    seed: int,
+    keep: bool,
+) -> dict[tuple[str, object], FeatureMap]:
+    """Channels of every layer asked for; latents and random control of every SAE."""
+    dtype = torch.bfloat16 if probing.pooling == "bfloat16" else torch.float32
+    sample = functools.cache(lambda: _sample(data, stores, lm))
+    sampled = [probe_key(one, lm) for one in data] + [probing.cached]
+    maps: dict[tuple[str, object], FeatureMap] = {}
+    for layer in sorted({subject.layer for subject in subjects.values()}):
+        maps["llm", layer] = FeatureMap(layer, lm.width, lambda acts_BD: acts_BD.to(dtype), ("llm",))
+    for name, (layer, sae, key) in subjects.items():
+        found = numbers_or_read(
+            ["measures", layer, key, sampled], functools.partial(_measure, sae.to(lm.device), sample, layer)
+        )
+        _warn_of_scale(name, found["scale"])
+        l0 = controls.nearby_l0(found["l0"])
+        control = functools.cache(functools.partial(_random_control, sae.latents, l0, sample, layer, seed))
+        encode = {"sae": lambda sae=sae: sae, "random": control}
+        keys = {"sae": ("sae", key), "random": ("random", sae.latents, l0, seed, sampled)}
+        for who in encode:
+            codes = functools.partial(_encode, encode[who], dtype)
+            maps[who, name] = FeatureMap(layer, sae.latents, codes, keys[who], keep or who == "random")
+    return maps
 
 
 @torch.no_grad()
-def pool(store: ActivationStore, index: int, sae: SAE, texts: int) -> tuple[Tensor, Tensor]:
-    """Means over each text's content tokens of the layer's activations [N, D] and of the SAE's codes [N, F]."""
-    text_N = store.texts()
-    llm_ND = torch.zeros(texts, sae.d_in)
-    sae_NF = torch.zeros(texts, sae.latents)
-    start = 0
-    for acts_NLD in store.batches(2048):
-        acts_ND = acts_NLD[:, index].float()
-        owner_N = text_N[start : start + acts_ND.shape[0]]
-        llm_ND.index_add_(0, owner_N, acts_ND)
-        sae_NF.index_add_(0, owner_N, sae.encode(acts_ND))
-        start += acts_ND.shape[0]
-    tokens_N = torch.bincount(text_N, minlength=texts)
-    if not tokens_N.all():
-        raise UserError(f"probing text {int((tokens_N == 0).nonzero()[0])} has no content token; remove it")
-    return llm_ND / tokens_N[:, None], sae_NF / tokens_N[:, None]
+def _measure(sae: SAE, sample: Callable[[], dict[int, Tensor]], layer: int) -> dict[str, float]:
+    """L0 and scale of an SAE's codes on the sample."""
+    sample_BD = sample()[layer]
+    l0 = (sae.encode(sample_BD) > 0).sum().item() / sample_BD.shape[0]
+    return {"l0": l0, "scale": controls.code_scale(sae, sample_BD)}
+
+
+def _random_control(latents: int, l0: float, sample: Callable[[], dict[int, Tensor]], layer: int, seed: int) -> SAE:
+    """The random SAE of a layer; made only when it is needed, since it takes a few texts through the model."""
+    return controls.random_sae(latents, l0, sample()[layer], generator_for(seed, "random control", layer))
+
+
+def _encode(encoder: Callable[[], SAE], dtype: torch.dtype, acts_BD: Tensor) -> Tensor:
+    """Codes with all arithmetic in `dtype`."""
+    sae = encoder()
+    if dtype == torch.float32:
+        return sae.encode(acts_BD)
+    x_BD = (acts_BD.to(dtype) - sae.mean_D.to(dtype)) * sae.scale.to(dtype)
+    return sae.activation(x_BD @ sae.enc_DF.to(dtype) + sae.enc_bias_F.to(dtype))
+
+
+def _sample(data: list[LabelledText], stores: dict[str, ActivationStore], lm: LanguageModel) -> dict[int, Tensor]:
+    """Activations [B, D] from a few places of all datasets, by layer; from the stores where there are any."""
+    each = max(1, SAMPLE_TEXTS // len(data))
+    if stores:
+        places = [(store, at) for store in stores.values() for at in range(0, store.tokens, -(-store.tokens // each))]
+        acts_BLD = torch.cat([store.read(at, min(32, store.tokens - at)) for store, at in places])
+    else:
+        texts = [text for one in data for text in one.texts[:: -(-len(one.texts) // each)]]
+        acts_BLD = torch.cat([chunk.acts_NLD for chunk in probe_chunks(texts, lm)])
+    return {layer: acts_BLD[:, place].float().to(lm.device) for place, layer in enumerate(lm.layers)}
+
+
+def _check_fits(name: str, subject: Subject, lm: LanguageModel, probing: Probing) -> None:
+    if subject.sae.d_in != lm.width:
+        raise UserError(
+            f"SAE {name} takes activations of width {subject.sae.d_in}, and layer {subject.layer} of {lm.name} has "
+            f"{lm.width}: it was trained on another model; name its model"
+        )
+    if max(probing.ks) > subject.sae.latents:
+        raise UserError(
+            f"k = {max(probing.ks)} is more than the {subject.sae.latents} latents of SAE {name}; lower --k"
+        )
+
+
+def _warn_of_scale(name: str, scale: float) -> None:
+    if scale < 0.03:
+        sys.stderr.write(
+            f"warning: the codes of SAE {name} are {1 / max(scale, 1e-12):,.0f} times smaller than its input: probes "
+            "with C = 1 and no scaler cannot use them, and SAEBench would give 0.5; fold input scale and decoder norms "
+            "into the weights (W_enc and b_enc times the row norm of W_dec, W_dec rows to unit norm)\n"
+        )

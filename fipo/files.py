@@ -18,7 +18,7 @@ from typing import Any
 
 from fipo.errors import UserError
 
-TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 """Names of temporary files: `.NAME.PROCESS.tmp`."""
 LARGEST_JSON = 64 * 2**20
 """Bytes; a larger JSON file is none of ours."""
@@ -71,11 +71,23 @@ def flush(path: Path) -> None:
         os.close(opened)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what killed writers left in a folder and those below it, in which nobody else may be writing."""
+def remove_temporaries(folder: Path, *, of_the_dead: bool = False) -> None:
+    """Remove what killed writers left in a folder and those below it. Where others may be writing as well: only what
+    belongs to a process that is no more (`of_the_dead`)."""
     for path in sorted(folder.rglob(".*.tmp")):
-        if TEMPORARY.fullmatch(path.name):
+        found = TEMPORARY.fullmatch(path.name)
+        if found and not (of_the_dead and _lives(int(found[1]))):
             remove(path)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def remove(path: Path) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from fipo import report, runs
+from fipo.checkpoint import save_tensors
 from fipo.config import RunConfig
 from fipo.data.labelled import load_labelled
 from fipo.data.lm import LanguageModel
 from fipo.data.prepare import training_activations
-from fipo.data.store import ActivationStore
+from fipo.data.store import ActivationStore, cache_root
 from fipo.errors import UserError
-from fipo.evaluate import probe
+from fipo.evaluate import load_subject, probe
 from fipo.export import save_sae
 from fipo.files import remove, remove_temporaries, write_json
 from fipo.lock import locked
@@ -29,8 +30,9 @@ from fipo.loop import CHECKPOINTS, LOG, train_all
 from fipo.memory import enough_memory
 from fipo.metrics import max_cosines, quality
 from fipo.provenance import hardware, provenance
-from fipo.report import FINAL
+from fipo.report import FINAL, OUTCOMES
 from fipo.signals import StopSignals
+from fipo.summary import outcomes
 from fipo.train import TrainState
 
 TO_LOWER = "workload.context, workload.latents or workload.probing.train_per_class"
@@ -58,6 +60,7 @@ def run(out_dir: Path, experiments: Path) -> None:
     with StopSignals() as stop, writable(out_dir), locked(out_dir / ".lock"), enough_memory("a run", TO_LOWER):
         refuse_finished(out_dir)
         remove_temporaries(out_dir)
+        remove_temporaries(cache_root() / "pooled", of_the_dead=True)
         workload = config.workload
         device = "cuda" if torch.cuda.is_available() else "cpu"
         lm = LanguageModel(
@@ -77,14 +80,20 @@ def run(out_dir: Path, experiments: Path) -> None:
         sae_configs = {layer: export(config, layer, state, out_dir) for layer, state in states.items()}
         measures = {layer: measure(state, held_out, place) for place, (layer, state) in enumerate(states.items())}
         phases.end("training")
-        accuracies = probe(config, lm, probed, {layer: out_dir / f"layer_{layer}" for layer in states}, phases.end)
+        subjects = {f"layer_{layer}": load_subject(out_dir / f"layer_{layer}", layer) for layer in states}
+        scores = probe(
+            lm, probed, subjects, workload.probing, config.seed, keep=False, harvested=lambda: phases.end("harvest")
+        )
         phases.end("probing")
+        origin = {**provenance(), "hardware": hardware(device)}
         lines = {line["layer"]: line for line in read_log(out_dir / LOG)}
-        layers = {
-            n: report.layer_info(config, n, lines[n], measures[n], accuracies[n], sae_configs[n])
-            for n in workload.layers
-        }
-        finish(config, out_dir, layers, phases, device)
+        layers = {}
+        for n in workload.layers:
+            found = scores[f"layer_{n}"]
+            record = report.probing_record(config, n, found, probed, sae_configs[n], origin["git_revision"])
+            layers[n] = report.layer_info(config, n, lines[n], measures[n], record)
+            save_tensors(out_dir / f"layer_{n}" / OUTCOMES, outcomes(found))
+        finish(config, out_dir, layers, phases, origin)
 
 
 def refuse_finished(out_dir: Path) -> None:
@@ -145,10 +154,11 @@ def measure(state: TrainState, held_out: ActivationStore, place: int) -> dict[st
     }
 
 
-def finish(config: RunConfig, out_dir: Path, layers: dict[int, dict[str, Any]], phases: Phases, device: str) -> None:
+def finish(
+    config: RunConfig, out_dir: Path, layers: dict[int, dict[str, Any]], phases: Phases, origin: dict[str, Any]
+) -> None:
     """Check that this is a result; write times, picture and, last, the record; print the table."""
     report.check_is_result(config, layers)
-    origin = {**provenance(), "hardware": hardware(device)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     write_json(out_dir / "runtime.json", {**phases.seconds, "peak_memory_gib": peak, **origin})
     importance, batch = config.importance, config.workload.batch_tokens

@@ -12,7 +12,6 @@ priorities, not SAEs.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,25 +19,27 @@ from torch import Tensor
 from fipo.reservoir import BucketQueues
 
 
-class Candidates(NamedTuple):
-    """Pairs of latents that met in a bucket."""
-
-    pairs_P2: Tensor
-    """Latents i < j, no pair twice, sorted."""
-    overflow: float
-    """Share of (latent, table) places for which a bucket had no room: where > 0, `collision_probability` overstates."""
-
-
 def bucket_numbers(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
-    """Bucket of every row in every table, [F, T] int64 in 0 .. 2^S - 1.
+    """Bucket of every row in every table, [F, T] int64 in 0 .. 2^S - 1."""
+    powers_S = 2 ** torch.arange(planes_DTS.shape[2], device=rows_FD.device)
+    return ((project(rows_FD, planes_DTS, autocast) > 0) * powers_S).sum(-1)
 
-    The projection, the one costly part, runs under `torch.autocast` in bfloat16 when asked: only signs are used.
+
+def project(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
+    """Components of every row along every plane, [F, T, S]: the one costly part.
+
+    Under `torch.autocast` in bfloat16 when asked, since only signs are used; then a few rows at a time, because the
+    bfloat16 copy of all rows would take more memory than the result saves.
     """
-    _, tables, bits = planes_DTS.shape
-    with torch.autocast(rows_FD.device.type, dtype=torch.bfloat16, enabled=autocast):
-        projected_FTS = (rows_FD @ planes_DTS.flatten(1)).unflatten(1, (tables, bits))
-    powers_S = 2 ** torch.arange(bits, device=rows_FD.device)
-    return ((projected_FTS > 0) * powers_S).sum(-1)
+    planes_DK = planes_DTS.flatten(1)
+    if not autocast:
+        return (rows_FD @ planes_DK).unflatten(1, planes_DTS.shape[1:])
+    projected_FK = torch.empty(rows_FD.shape[0], planes_DK.shape[1], dtype=torch.bfloat16, device=rows_FD.device)
+    planes_DK, size = planes_DK.bfloat16(), max(32, rows_FD.shape[0] // 512)
+    with torch.autocast(rows_FD.device.type, dtype=torch.bfloat16):
+        for part_ND, result_NK in zip(rows_FD.split(size), projected_FK.split(size), strict=True):
+            result_NK.copy_(part_ND @ planes_DK)
+    return projected_FK.unflatten(1, planes_DTS.shape[1:])
 
 
 def collision_probability(cos: Tensor, tables: int, bits: int) -> Tensor:
@@ -59,8 +60,10 @@ def candidate_pairs(
     generator: torch.Generator,
     partners: int | None = None,
     autocast: bool = True,
-) -> Candidates:
-    """Pairs of unit rows with cosine >= `min_cosine` that met in a bucket of one of the tables.
+) -> Tensor:
+    """Pairs [P, 2] of unit rows with cosine >= `min_cosine` that met in a bucket of one of the tables.
+
+    Sorted, i < j, none twice. Where a bucket has no room for all its rows, `collision_probability` overstates.
 
     `partners`: keep, of every row's pairs with rows of higher priority, only so many of the closest; None keeps all.
     """
@@ -68,12 +71,11 @@ def candidate_pairs(
     planes_DTS = torch.randn(width, tables, bits, generator=generator, device=generator.device).to(unit_FD.device)
     buckets_FT = bucket_numbers(unit_FD, planes_DTS, autocast)
     numbers_F = torch.arange(latents, device=unit_FD.device)
-    found, placed = [], 0
+    found = []
     for table in range(tables):
         queues = BucketQueues(2**bits, capacity, device=unit_FD.device)
         queues.offer(buckets_FT[:, table], priority_F, numbers_F)
         held_QC = queues.items_QC
-        placed += int((held_QC >= 0).sum())
         rows_QCD = unit_FD[held_QC.clamp_min(0)]
         cos_QCC = torch.bmm(rows_QCD, rows_QCD.mT)
         usable_QC = held_QC >= 0
@@ -85,7 +87,7 @@ def candidate_pairs(
     pairs_P2 = torch.stack([codes_P // latents, codes_P % latents], dim=1)
     if partners is not None:
         pairs_P2 = pairs_P2[_closest(unit_FD, priority_F, pairs_P2, partners)]
-    return Candidates(pairs_P2, overflow=1 - placed / (latents * tables))
+    return pairs_P2
 
 
 def _closest(unit_FD: Tensor, priority_F: Tensor, pairs_P2: Tensor, partners: int) -> Tensor:

@@ -1,25 +1,47 @@
 """From a run folder's files to the record, the picture and the table. Reads files only; trains nothing."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fipo.config import RunConfig
+from fipo.data.labelled import LabelledText
 from fipo.errors import UserError
+from fipo.evaluate import DatasetScores
 from fipo.files import read_json, replacing
 from fipo.log import read_log
-from fipo.provenance import git_revision
-from fipo.saebench import metric_name, overall_metrics, sparse_probing_record
+from fipo.saebench import Setting, metric_name, overall_metrics, sparse_probing_record
+from fipo.summary import accuracies, extras
 
 FINAL = "final_info.json"
+OUTCOMES = "probing_outcomes.safetensors"
+
+
+def probing_record(
+    config: RunConfig,
+    layer: int,
+    scores: Sequence[DatasetScores],
+    data: Sequence[LabelledText],
+    sae_config: dict[str, Any],
+    commit: str,
+) -> dict[str, Any]:
+    """SAEBench's result of one layer of a run, and our additions to it."""
+    workload = config.workload
+    setting = Setting(
+        probing=workload.probing,
+        seed=config.seed,
+        model=workload.model,
+        dtype=workload.dtype,
+        context=workload.context,
+        release=f"fipo_{config.run}_layer_{layer}",
+        training_tokens=workload.steps * workload.batch_tokens,
+        commit=commit,
+    )
+    return {**sparse_probing_record(setting, accuracies(scores), sae_config), **extras(scores, data)}
 
 
 def layer_info(
-    config: RunConfig,
-    layer: int,
-    last_line: dict[str, Any],
-    measures: dict[str, float],
-    accuracies: dict[str, dict[str, dict[str, float]]],
-    sae_config: dict[str, Any],
+    config: RunConfig, layer: int, last_line: dict[str, Any], measures: dict[str, float], record: dict[str, Any]
 ) -> dict[str, Any]:
     """The record of one layer: SAEBench's result together with the plan's own keys and the held-out measures."""
     workload = config.workload
@@ -31,7 +53,7 @@ def layer_info(
         "learning_rate": workload.learning_rate,
         "sparsity_penalty": workload.sparsity_penalty,
         **measures,
-        **sparse_probing_record(config, accuracies, sae_config, git_revision()),
+        **record,
     }
 
 
@@ -92,50 +114,81 @@ def draw(log: Path, path: Path, title: str) -> None:
 
 
 def print_results(out_dir: Path) -> None:
-    """Dataset by k for every layer: SAE latents beside the model's channels, and beside run_0 where that folder is."""
+    """Dataset by k for every layer: SAE latents, the model's channels and a random SAE, and run_0's latents and those
+    of the frozen-decoder control run_7 where these folders are beside this one."""
+    info = read_json(out_dir / FINAL)
+    others = {run: _beside(out_dir, run, info["eval_config"]["dataset_names"]) for run in ("run_0", "run_7")}
+    console = make_console()
+    for layer, record in info["layers"].items():
+        old = {run: other["layers"][layer] for run, other in others.items() if other and layer in other["layers"]}
+        console.print(probing_table(f"layer {layer}", record, old))
+        console.print(
+            f"layer {layer}: {_summary(record)}" + "".join(f"   ({r}: {_summary(o)})" for r, o in old.items())
+        )
+
+
+def make_console() -> Any:
+    """Where tables are printed: the terminal at its width, anything else at 160 columns."""
     from rich.console import Console
 
-    info = read_json(out_dir / FINAL)
-    baseline = _baseline(out_dir, info["eval_config"]["dataset_names"])
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    for layer, record in info["layers"].items():
-        old = baseline["layers"].get(layer) if baseline else None
-        console.print(_layer_table(layer, record, old, info["eval_config"]["k_values"]))
-        console.print(f"layer {layer}: {_summary(record)}" + (f"   (run_0: {_summary(old)})" if old else ""))
+    return console if console.is_terminal else Console(width=160)
 
 
-def _baseline(out_dir: Path, datasets: list[str]) -> dict[str, Any] | None:
-    """The record of run_0 beside this folder, where there is one on the same datasets."""
-    file = out_dir.parent / "run_0" / FINAL
-    if out_dir.name == "run_0" or not file.exists():
+def _beside(out_dir: Path, run: str, datasets: list[str]) -> dict[str, Any] | None:
+    """The record of another run beside this folder, where there is one on the same datasets."""
+    file = out_dir.parent / run / FINAL
+    if out_dir.name == run or not file.exists():
         return None
-    baseline = read_json(file)
-    return baseline if baseline["eval_config"]["dataset_names"] == datasets else None
+    other = read_json(file)
+    return other if other["eval_config"]["dataset_names"] == datasets else None
 
 
-def _layer_table(layer: str, record: dict[str, Any], old: dict[str, Any] | None, ks: list[int]) -> Any:
+def probing_table(title: str, record: dict[str, Any], others: dict[str, dict[str, Any]], tasks: bool = False) -> Any:
+    """Test accuracy of the k best features: SAE | channels | random SAE (| the SAEs of other records), by dataset and,
+    with `tasks`, by class; below the means and the margin over the random SAE with its standard error."""
     from rich.table import Table
 
-    what = "SAE latents | model channels" + (" | run_0's latents" if old else "")
-    table = Table(title=f"layer {layer}: test accuracy of the k best, {what}", title_justify="left")
+    ks = record["eval_config"]["k_values"]
+    names = ["SAE", "LLM", "random", *others]
+    table = Table(title=f"{title}: test accuracy of the k best, {' | '.join(names)}", title_justify="left")
     table.add_column("dataset")
     for k in ks:
         table.add_column(f"k={k}", justify="right")
-    rows, old_rows = _rows(record), _rows(old) if old else []
-    for index, row in enumerate(rows):
-        cells = []
-        for k in ks:
-            values = [row[metric_name("sae", k)], row[metric_name("llm", k)]]
-            values += [old_rows[index][metric_name("sae", k)]] if old_rows else []
-            cells.append(" | ".join("-" if value is None else f"{value:.3f}" for value in values))
-        table.add_row(row["dataset_name"].removesuffix("_results"), *cells)
+    for row in _rows(record, tasks):
+        others_rows = [_find_row(_rows(other, tasks), row["name"]) for other in others.values()]
+        table.add_row(row["name"], *(_cell(row, k, others_rows) for k in ks))
+    margins = record["eval_result_controls"]["margin_over_random"]
+    table.add_section()
+    table.add_row("over random", *(_margin(margins[f"top_{k}"]) for k in ks))
     return table
 
 
-def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [*record["eval_result_details"], {"dataset_name": "mean", **overall_metrics(record)}]
+def _cell(row: dict[str, Any], k: int, others: list[dict[str, Any]]) -> str:
+    values = [row.get(metric_name(who, k)) for who in ("sae", "llm", "random")]
+    values += [other.get(metric_name("sae", k)) for other in others]
+    return " | ".join("-" if value is None else f"{value:.3f}" for value in values)
+
+
+def _margin(margin: dict[str, float]) -> str:
+    return f"{margin['difference']:+.3f} ± {margin['standard_error']:.3f}"
+
+
+def _rows(record: dict[str, Any], tasks: bool) -> list[dict[str, Any]]:
+    """Values by metric for every dataset (and class), and their means, each with its name."""
+    controls = record["eval_result_controls"]
+    rows = []
+    for entry in record["eval_result_details"]:
+        dataset = entry["dataset_name"].removesuffix("_results")
+        rows.append({"name": dataset, **entry, **controls["datasets"][dataset]})
+        by_metric = record["eval_result_unstructured"][entry["dataset_name"]] if tasks else {}
+        classes = next(iter(by_metric.values()), {})
+        rows += [{"name": f"  {label}", **{m: values[label] for m, values in by_metric.items()}} for label in classes]
+    return [*rows, {"name": "mean", **overall_metrics(record), **controls["mean"]}]
+
+
+def _find_row(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    return next((row for row in rows if row["name"] == name), {})
 
 
 def _summary(record: dict[str, Any]) -> str:

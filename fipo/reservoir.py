@@ -51,14 +51,28 @@ class PriorityReservoir:
         self.offers += 1
 
     def merge(self, keys_N: Tensor, items_N: Tensor) -> None:
-        """Keep the R largest keys of [held, new]; also merges another reservoir's `keys_R` and `items_R`."""
-        keys = torch.cat([self.keys_R, keys_N])
-        self.keys_R, kept_R = keys.topk(self.keys_R.shape[0])
-        self.items_R = torch.cat([self.items_R, items_N.to(self.items_R.dtype)])[kept_R]
+        """Keep the R largest keys of [held, new]; also merges another reservoir's `keys_R` and `items_R`.
+
+        Only what enters is copied, into the slots of what leaves.
+        """
+        slots = self.keys_R.shape[0]
+        kept_R = torch.cat([self.keys_R, keys_N]).topk(slots, sorted=False).indices
+        stays_R, enters_N = (
+            torch.zeros(slots + keys_N.shape[0], dtype=torch.bool, device=kept_R.device)
+            .index_fill(0, kept_R, True)
+            .split([slots, keys_N.shape[0]])
+        )
+        new_N = _true_places(enters_N, slots)
+        free_N = _true_places(~stays_R, new_N.shape[0])
+        enters_N = enters_N[new_N]
+        self.keys_R[free_N] = torch.where(enters_N, keys_N[new_N], self.keys_R[free_N])
+        enters_N = enters_N.unflatten(0, (-1, *[1] * (items_N.dim() - 1)))
+        self.items_R[free_N] = torch.where(enters_N, items_N[new_N].to(self.items_R.dtype), self.items_R[free_N])
 
     def contents(self) -> Tensor:
         """The items held, highest key first; fewer than R while the stream is short."""
-        return self.items_R[self.keys_R > EMPTY]
+        order_R = self.keys_R.argsort(descending=True, stable=True)
+        return self.items_R[order_R[self.keys_R[order_R] > EMPTY]]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Keys, items and the clock."""
@@ -69,6 +83,18 @@ class PriorityReservoir:
         self.keys_R.copy_(state["keys_R"])
         self.items_R.copy_(state["items_R"])
         self.offers = int(state["offers"])
+
+
+def _true_places(mask_N: Tensor, most: int) -> Tensor:
+    """Where the mask is true, first to last; on a GPU, where counting would wait for the device, `_padded_places`."""
+    if mask_N.device.type == "cpu":
+        return mask_N.nonzero().squeeze(1)
+    return _padded_places(mask_N, most)
+
+
+def _padded_places(mask_N: Tensor, most: int) -> Tensor:
+    """Always `most` places (or all): first where the mask is true, then where it is false."""
+    return mask_N.to(torch.uint8).argsort(descending=True, stable=True)[:most]
 
 
 class BucketQueues:

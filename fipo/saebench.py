@@ -6,19 +6,34 @@ its loaders and plots read ours. Values of our own go under further keys, which 
 
 import time
 import uuid
-from typing import Any
+from typing import Any, NamedTuple
 
-from fipo.config import RunConfig
+from fipo.config import Probing
 
 SCHEMA_KS = (1, 2, 5, 10, 20, 50, 100)
 PROBED_BY = ("llm", "sae")
 
 
+class Setting(NamedTuple):
+    """What a result was measured with."""
+
+    probing: Probing
+    seed: int
+    model: str
+    dtype: str
+    context: int
+    release: str
+    """Under which name the SAE is filed."""
+    training_tokens: int | None
+    commit: str
+
+
 def sparse_probing_record(
-    config: RunConfig, accuracies: dict[str, dict[str, dict[str, float]]], sae_config: dict[str, Any], commit: str
+    setting: Setting, accuracies: dict[str, dict[str, dict[str, float]]], sae_config: dict[str, Any]
 ) -> dict[str, Any]:
-    """The record of one SAE. `accuracies`: dataset -> metric (`sae_top_1_test_accuracy` ...) -> class -> accuracy."""
-    workload, probing = config.workload, config.workload.probing
+    """The record of one SAE. `accuracies`: dataset -> metric (`sae_top_1_test_accuracy` ...) -> class -> accuracy;
+    `sae_config`: content of its cfg.json."""
+    probing = setting.probing
     details = [
         {"dataset_name": f"{dataset}_results", **_schema({name: _mean(by_class) for name, by_class in metrics.items()})}
         for dataset, metrics in accuracies.items()
@@ -29,19 +44,19 @@ def sparse_probing_record(
         if name != "dataset_name" and details[0][name] is not None
     }
     complete = _schema(overall)
-    metadata = sae_config["metadata"]
+    metadata = sae_config.get("metadata", {})
     return {
         "eval_type_id": "sparse_probing",
         "eval_config": {
-            "random_seed": config.seed,
+            "random_seed": setting.seed,
             "dataset_names": list(accuracies),
             "probe_train_set_size": 2 * probing.train_per_class,
             "probe_test_set_size": 2 * probing.test_per_class,
-            "context_length": workload.context,
+            "context_length": setting.context,
             "sae_batch_size": 125,
             "llm_batch_size": None,
-            "llm_dtype": workload.dtype,
-            "model_name": workload.model,
+            "llm_dtype": setting.dtype,
+            "model_name": setting.model,
             "k_values": list(probing.ks),
             "lower_vram_usage": False,
         },
@@ -51,17 +66,17 @@ def sparse_probing_record(
             who: {name: value for name, value in complete.items() if name.startswith(who)} for who in PROBED_BY
         },
         "eval_result_details": details,
-        "sae_bench_commit_hash": commit,
+        "sae_bench_commit_hash": setting.commit,
         "sae_lens_id": "custom_sae",
-        "sae_lens_release_id": f"fipo_{config.run}_layer_{metadata['hook_layer']}",
-        "sae_lens_version": metadata["sae_lens_version"],
+        "sae_lens_release_id": setting.release,
+        "sae_lens_version": metadata.get("sae_lens_version"),
         "sae_cfg_dict": {
             **{name: value for name, value in sae_config.items() if name != "metadata"},
             **metadata,
             "finetuning_scaling_factor": False,
             "activation_fn_str": {"standard": "relu"}.get(sae_config["architecture"], sae_config["architecture"]),
             "dataset_trust_remote_code": False,
-            "training_tokens": workload.steps * workload.batch_tokens,
+            "training_tokens": setting.training_tokens,
         },
         "eval_result_unstructured": {f"{dataset}_results": metrics for dataset, metrics in accuracies.items()},
     }

@@ -252,7 +252,7 @@ def refresh_pairs(state: TrainState) -> None:
         generator=state.generator,
         partners=settings.partners,
         autocast=settings.autocast,
-    ).pairs_P2
+    )
 
 
 def revive_dead(state: TrainState, x_BD: Tensor, x_hat_BD: Tensor) -> None:

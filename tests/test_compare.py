@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from fipo.compare import table
+from fipo.compare import report
 from fipo.errors import UserError
 
 
@@ -27,12 +27,12 @@ def finished(folder, run, seed, fvu):
 def test_seeds_of_one_run_become_a_mean_and_a_spread(tmp_path):
     folders = [finished(tmp_path / f"s{seed}", "run_3", seed, fvu) for seed, fvu in ((1, 0.2), (2, 0.3), (3, 0.4))]
     folders.append(finished(tmp_path / "other", "run_0", 1, 0.5))
-    lines = table(folders).splitlines()
+    lines = report(folders).splitlines()
     assert lines[2].startswith("| minilm | run_0 | 3 | 0.500 | 32.0 | 1.00% | 0.250 | 0.700 | 0.600 | - |")
     assert lines[3].startswith("| minilm | run_3 | 3 | 0.300 ± 0.100 | 32.0 ± 0.0 |")
-    assert "run_0: 1; run_3: 1, 2, 3" in table(folders)
+    assert "run_0: 1; run_3: 1, 2, 3" in report(folders)
 
 
 def test_an_unfinished_run_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no final_info.json"):
-        table([tmp_path])
+        report([tmp_path])

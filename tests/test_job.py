@@ -34,7 +34,8 @@ FINAL_KEYS = (
     "training_steps final_loss layer dict_size learning_rate sparsity_penalty held_out_fvu held_out_l0 held_out_tokens "
     "dead_share mean_max_cosine eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics "
     "eval_result_details sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict "
-    "eval_result_unstructured run workload seed importance_half_life_tokens git_revision versions hardware layers"
+    "eval_result_unstructured eval_result_datasets eval_result_controls eval_result_statistics run workload seed "
+    "importance_half_life_tokens git_revision versions hardware layers"
 )
 LOG_KEYS = (
     "step tokens layer loss reconstruction sparsity auxiliary orthogonality fvu l0 dead_share sigma_quantiles "
@@ -102,7 +103,7 @@ def interrupt_at(monkeypatch, step, error=KeyboardInterrupt):
 def test_leaves_these_files_and_no_others(finished):
     expected = {"config.yaml", "final_info.json", "runtime.json", "training.png", "training_log.jsonl"}
     for layer in (0, 1):
-        saved = ("cfg.json", "fipo_statistics.safetensors", "sae_weights.safetensors")
+        saved = ("cfg.json", "fipo_statistics.safetensors", "sae_weights.safetensors", "probing_outcomes.safetensors")
         expected |= {f"layer_{layer}/{name}" for name in saved}
     assert files(finished).keys() == expected
 
@@ -195,7 +196,7 @@ def test_same_command_twice_and_the_cache_is_used(tmp_path, finished, values, mo
 
     monkeypatch.setattr(LanguageModel, "activations", refuse)
     again = start(tmp_path / "run_3", values)
-    assert weights(again) == weights(finished) and len(weights(again)) == 4
+    assert weights(again) == weights(finished) and len(weights(again)) == 6
     assert log(again, timeless=True) == log(finished, timeless=True)
     old, new = (read_json(folder / "final_info.json") for folder in (finished, again))
     assert new["eval_result_unstructured"] == old["eval_result_unstructured"]
@@ -236,7 +237,7 @@ def test_interrupted_twice_and_in_probing(tmp_path, finished, values, monkeypatc
             interrupt_at(patch, step)
             start(out_dir, values)
 
-    def stop(*_given):
+    def stop(*_given, **_named):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -303,7 +304,7 @@ def test_table_beside_run_0(tmp_path, values, capsys):
     assert "| run_0" not in capsys.readouterr().out
     start(tmp_path / "run_1", values)
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("SAE latents | model channels | run_0") == 2 and "k=5" in shown
+    assert shown.count("SAE | LLM | random | run_0") == 2 and "k=5" in shown
     baseline, info = (read_json(tmp_path / run / "final_info.json") for run in ("run_0", "run_1"))
     for number in (0, 1):
         row, old = (record["eval_result_details"][number] for record in (info, baseline))
@@ -312,6 +313,9 @@ def test_table_beside_run_0(tmp_path, values, capsys):
             for value in (
                 row["sae_top_1_test_accuracy"],
                 row["llm_top_1_test_accuracy"],
+                info["eval_result_controls"]["datasets"][row["dataset_name"].removesuffix("_results")][
+                    "random_top_1_test_accuracy"
+                ],
                 old["sae_top_1_test_accuracy"],
             )
         )
@@ -526,7 +530,11 @@ def test_checkpoints_keep_to_their_share_of_the_time(monkeypatch, tmp_path):
 
 def test_store_is_not_rewritten_while_it_is_whole(finished, values, monkeypatch, tmp_path):
     monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
-    before = {path: path.stat().st_mtime_ns for path in store.cache_root().rglob("*")}
-    assert len(before) >= 12
+
+    def shards():
+        return {path: path.stat().st_mtime_ns for path in store.cache_root().glob("*/shard_*")}
+
+    before = shards()
+    assert len(before) >= 4
     start(tmp_path / "run_0", values)
-    assert {path: path.stat().st_mtime_ns for path in store.cache_root().rglob("*")} == before
+    assert shards() == before

@@ -291,7 +291,7 @@ def test_unbiased_approaches_the_sum_over_all_pairs(yields):
     for _ in range(400):
         pairs_P2 = candidate_pairs(
             unit_FD, sigma(24), tables=2, bits=2, capacity=24, min_cosine=0.0, generator=generator, autocast=False
-        ).pairs_P2
+        )
         estimates.append(
             orthogonality(unit_FD, sigma(24), pairs_P2, estimator="unbiased", yields=yields, probability=probability)
         )

@@ -11,7 +11,7 @@ from fipo.config import Probing, Text
 from fipo.data.harvest import harvest
 from fipo.data.labelled import load_labelled
 from fipo.data.lm import LanguageModel
-from fipo.data.prepare import probe_activations, statistics, training_activations
+from fipo.data.prepare import probe_store, statistics, training_activations
 from fipo.errors import UserError
 
 HELD, TOKENS = 100, 300
@@ -95,17 +95,17 @@ def test_cache_key_names_all_it_depends_on(load_lm, tmp_path, own_cache, change)
     assert len(before) == 2 and source.store.folder.name not in before
 
 
-def test_probe_activations_of_every_text(load_lm, labelled_folders, silent):
+def test_probe_store_of_every_text(load_lm, labelled_folders, silent):
     lm = load_lm("bert")
     data = load_labelled(str(labelled_folders[0]), Probing(datasets=("x",), train_per_class=9, test_per_class=5), 0)
-    store = probe_activations(data, lm)
+    store = probe_store(data, lm)
     assert store.texts().unique().tolist() == list(range(42))
     rows = list(lm.token_rows(data.texts))
     for number in (0, 20, 41):
         alone = torch.cat([chunk.acts_NLD for chunk in harvest(lm, [rows[number]])])
         torch.testing.assert_close(store.read(0, store.tokens)[store.texts() == number], alone, rtol=0, atol=1e-4)
     silent()
-    assert probe_activations(data, lm).folder == store.folder
+    assert probe_store(data, lm).folder == store.folder
 
 
 def test_text_that_holds_nothing(load_lm, tmp_path, own_cache):

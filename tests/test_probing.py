@@ -6,7 +6,7 @@ import torch
 from toys import seeded
 
 from fipo.evaluate import make_tasks
-from fipo.probing import Tasks, fit_logistic, full_accuracies, mean_difference, one_vs_rest, sparse_accuracies
+from fipo.probing import Tasks, fit_logistic, full_accuracies, mean_difference, one_vs_rest, sparse_answers
 
 SIZES = [20, 20, 20, 20, 20]
 
@@ -17,8 +17,13 @@ def sklearn_fit(x, y, max_iter=10_000):
     return LogisticRegression(C=1.0, tol=1e-10, max_iter=max_iter).fit(x, y)
 
 
-def random_tasks(sizes=tuple(SIZES), seed=0):
-    return make_tasks(list(sizes), seed, "test")
+def random_tasks(sizes=tuple(SIZES), seed=0, split="train"):
+    return make_tasks(list(torch.arange(sum(sizes)).split(list(sizes))), seed, "test", split)
+
+
+def sparse_accuracies(*given):
+    """Accuracy [T] of every k."""
+    return {k: right_TM.double().mean(1) for k, right_TM in sparse_answers(*given).items()}
 
 
 def features(rows, width, seed=1):
@@ -137,7 +142,7 @@ def test_sparse_accuracies_equal_a_naive_loop():
     train_NF, test_NF = features(100, 30), features(50, 30, seed=2)
     train_NF[:20, 4] += 1
     test_NF[:10, 4] += 1
-    train, test = random_tasks(), make_tasks([10] * 5, 0, "test", "test")
+    train, test = random_tasks(), random_tasks([10] * 5, split="test")
     ks = (1, 2, 5, 10)
     given = sparse_accuracies(train_NF, test_NF, train, test, ks)
     assert tuple(given) == ks
@@ -168,13 +173,13 @@ def planted(rows_per_class, seed, strength=5.0):
 
 
 def test_planted_latents_are_found():
-    train, test = random_tasks([60] * 5), make_tasks([40] * 5, 0, "test", "test")
+    train, test = random_tasks([60] * 5), random_tasks([40] * 5, split="test")
     accuracy_T = sparse_accuracies(planted(60, 1), planted(40, 2), train, test, (1,))[1]
     assert accuracy_T.min() > 0.98
 
 
 def test_noise_gives_a_half():
-    train, test = random_tasks([200] * 5), make_tasks([200] * 5, 0, "test", "test")
+    train, test = random_tasks([200] * 5), random_tasks([200] * 5, split="test")
     accuracies = sparse_accuracies(features(1000, 40), features(1000, 40, 2), train, test, (1, 5))
     full_T = full_accuracies(features(1000, 40), features(1000, 40, 2), train, test, seeded())
     for accuracy_T in (*accuracies.values(), full_T):
@@ -195,7 +200,7 @@ def test_full_accuracies_find_a_planted_direction():
         noise_NF = 0.5 * torch.randn(5 * rows, 40, generator=seeded(seed))
         return noise_NF + 3 * direction_TF.repeat_interleave(rows, dim=0)
 
-    train, test = random_tasks([60] * 5), make_tasks([40] * 5, 0, "test", "test")
+    train, test = random_tasks([60] * 5), random_tasks([40] * 5, split="test")
     train_NF, test_NF = draw(60, 1), draw(40, 2)
     first_T = full_accuracies(train_NF, test_NF, train, test, seeded(4))
     assert first_T.min() > 0.95 and first_T.shape == (5,)
@@ -208,3 +213,29 @@ def test_full_accuracies_are_seeded_and_change_nothing():
     first_T, second_T, other_T = (full_accuracies(train_NF, test_NF, train, train, seeded(seed)) for seed in (4, 4, 5))
     assert torch.equal(first_T, second_T) and not torch.equal(first_T, other_T)
     assert torch.equal(train_NF, before)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_a_full_probe_is_a_plain_training_loop(share):
+    """nn.Linear, binary cross-entropy and AdamW from torch's own stream, one task; on sparse and on dense features."""
+    on_NF = torch.rand(750, 40, generator=seeded(8)) < share
+    train_NF, test_NF, train = features(750, 40) * on_NF, features(750, 40, 2) * on_NF, random_tasks([150] * 5)
+    train_NF[:150, 3], test_NF[:150, 3] = 2.0, 2.0
+    task = Tasks(train.rows_TM[:1], train.labels_TM[:1])
+    x_MF, y_M, x_test_MF = train_NF[task.rows_TM[0]], task.labels_TM[0], test_NF[task.rows_TM[0]]
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        linear, best, waited = torch.nn.Linear(40, 1), 0.0, 0
+        optimizer = torch.optim.AdamW(linear.parameters(), lr=0.01)
+        for _ in range(100):
+            for part_B in torch.randperm(300).split(250):
+                optimizer.zero_grad()
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(linear(x_MF[part_B])[:, 0], y_M[part_B])
+                loss.backward()
+                optimizer.step()
+            accuracy = ((linear(x_test_MF)[:, 0] > 0) == (y_M > 0)).float().mean().item()
+            best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
+            if waited == 10:
+                break
+    assert full_accuracies(train_NF, test_NF, task, task, seeded(9)).item() == pytest.approx(best, abs=1e-6)
+    assert best > 0.7

@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-from toys import run_config, workload
+from toys import run_config
 
 from fipo.config import Probing
 from fipo.export import save_sae
-from fipo.saebench import metric_name, sparse_probing_record
+from fipo.saebench import Setting, metric_name, sparse_probing_record
 from fipo.train import build_state
 
 TOP_LEVEL = (
@@ -38,15 +38,18 @@ def accuracies():
     }
 
 
+def setting(probing):
+    return Setting(probing, 7, "none", "float32", 128, "fipo_run_0_layer_3", 12 * 16, "abc123")
+
+
 @pytest.fixture
 def record(accuracies, tmp_path):
     import torch
 
     probing = Probing(datasets=("first", "second"), train_per_class=20, test_per_class=10, ks=(1, 5))
-    config = run_config("run_0", workload=workload(probing=probing), seed=7)
-    state = build_state(config, 0, torch.zeros(8), 1.0)
+    state = build_state(run_config("run_0"), 0, torch.zeros(8), 1.0)
     saved = save_sae(tmp_path, state.sae, model="none", layer=3, context=128, dataset="some/text", beside={})
-    return sparse_probing_record(config, accuracies, saved, "abc123")
+    return sparse_probing_record(setting(probing), accuracies, saved)
 
 
 def test_keys_and_their_order(record):
@@ -108,9 +111,14 @@ def test_is_json_without_nan(record):
 
 
 def test_records_have_ids_of_their_own(record, accuracies):
-    config = run_config("run_0", workload=workload(probing=Probing(datasets=("first",), ks=(1,))))
     saved = {"metadata": {"hook_layer": 3, "sae_lens_version": "6"}, "architecture": "standard"}
-    assert sparse_probing_record(config, accuracies, saved, "x")["eval_id"] != record["eval_id"]
+    again = sparse_probing_record(setting(Probing(datasets=("first",), ks=(1,))), accuracies, saved)
+    assert again["eval_id"] != record["eval_id"]
+
+
+def test_an_sae_without_metadata_has_a_record_too(accuracies):
+    made = sparse_probing_record(setting(Probing(datasets=("first",))), accuracies, {"architecture": "topk"})
+    assert made["sae_lens_version"] is None and made["sae_cfg_dict"]["activation_fn_str"] == "topk"
 
 
 def test_names():

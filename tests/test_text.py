@@ -109,7 +109,7 @@ def test_fingerprint_names_column_and_split(tmp_path):
 
 
 def test_hub_out_of_reach():
-    with pytest.raises(UserError, match="text source someone/texts is no local path, and the hub cannot be asked"):
+    with pytest.raises(UserError, match="dataset someone/texts is no local path, and the hub cannot be asked"):
         open_text(text("someone/texts"))
 
 

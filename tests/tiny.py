@@ -135,6 +135,7 @@ def workload_values(model: Path, text: Path, labelled: list[Path], **changes: An
             "train_per_class": 20,
             "test_per_class": 10,
             "ks": [1, 5],
+            "cached": cached,
         },
         "latents": 64,
         "k": 4,

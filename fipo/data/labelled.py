@@ -1,8 +1,8 @@
 """Labelled text for probing: for each class of a dataset its training and test texts.
 
-A name is one of SAEBench's eight (fipo.data.saebench_text), one of their counterparts (fipo.data.sae_probes), or a
-local folder with `train.parquet` and `test.parquet` (columns `text`, `label`; optional `dataset.json` with
-`label_names`).
+A name is one of SAEBench's eight (fipo.data.saebench_text; NAME@REVISION pins it), one of their counterparts
+(fipo.data.sae_probes), or a local folder with `train.parquet` and `test.parquet` (columns `text`, `label`; optional
+`dataset.json` with `label_names`).
 """
 
 import os
@@ -27,6 +27,8 @@ class LabelledText:
     """Class -> training texts, as many in each."""
     test: dict[str, list[str]]
     """Class -> test texts, as many in each; none of them is a training text."""
+    revision: str | None = None
+    """Revision of a hub dataset; the texts of a local one are named by `fingerprint` alone."""
 
     @property
     def texts(self) -> list[str]:
@@ -48,13 +50,15 @@ def load_labelled(name: str, probing: Probing, seed: int) -> LabelledText:
         train = {label: texts[: probing.train_per_class] for label, texts in pools.items()}
         test = {label: texts[probing.train_per_class : needed] for label, texts in pools.items()}
         return _checked(LabelledText(name, train, test), probing, {label: len(texts) for label, texts in pools.items()})
-    if name in saebench_text.BUILDERS:
-        train, test = saebench_text.BUILDERS[name](name, probing.train_per_class, probing.test_per_class, seed)
+    hub_name, _, revision = name.partition("@")
+    if hub_name in saebench_text.NAMES:
+        sizes = (probing.train_per_class, probing.test_per_class)
+        train, test, found = saebench_text.select(hub_name, *sizes, seed, revision or None)
         counts = {label: len(train[label]) + len(test[label]) for label in train}
-        return _checked(LabelledText(name, train, test), probing, counts)
+        return _checked(LabelledText(hub_name, train, test, found), probing, counts)
     if os.path.isdir(name):
         return _from_folder(Path(name), probing, seed)
-    known = [*sae_probes.DATASETS, *saebench_text.BUILDERS]
+    known = [*sae_probes.DATASETS, *saebench_text.NAMES]
     raise UserError(f"probing dataset {name} is neither a folder nor known; known are {', '.join(known)}")
 
 

@@ -41,11 +41,19 @@ def training_activations(text: Text, lm: LanguageModel) -> tuple[ActivationStore
     return store, StoredSource(trained)
 
 
-def probe_activations(data: LabelledText, lm: LanguageModel) -> ActivationStore:
-    """Activations of every content token of the texts of a labelled dataset, numbered as in `data.texts`."""
-    return open_or_harvest(
-        _key(lm, data.fingerprint, packed=False), lambda: harvest(lm, lm.token_rows(data.texts)), tokens=None
-    )
+def probe_key(data: LabelledText, lm: LanguageModel) -> dict[str, Any]:
+    """Names all that the activations of a labelled dataset depend on."""
+    return _key(lm, data.fingerprint, packed=False)
+
+
+def probe_store(data: LabelledText, lm: LanguageModel) -> ActivationStore:
+    """Activations of every content token of a labelled dataset on disk, texts numbered as in `data.texts`."""
+    return open_or_harvest(probe_key(data, lm), lambda: probe_chunks(data.texts, lm), tokens=None)
+
+
+def probe_chunks(texts: list[str], lm: LanguageModel) -> Iterator[Chunk]:
+    """The same, straight from the model."""
+    return harvest(lm, lm.token_rows(texts))
 
 
 def statistics(acts_NLD: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,47 +10,52 @@
 | Helsinki-NLP/europarl | languages | first of the stream |
 
 Read from `FIPO_DATA_ROOT`/NAME in the hub's layout (parquet or jsonl), or from the hub. Samples are drawn by pandas and
-by Python's `random`, as SAEBench draws them, so the same seed gives the same texts. No dataset script is run: where the
-hub offers one (github-code), its parquet files are read instead.
+by Python's `random`, as SAEBench draws them, so the same seed gives the same texts of the same revision. No dataset
+script is run: where the hub offers one (github-code), its parquet files are read instead.
 """
 
+import functools
 import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fipo.data.text import load_hub, load_local
+from fipo.data.text import load_hub, load_local, newest_revision
 from fipo.errors import UserError
 
 Classes = dict[str, list[str]]
 Splits = tuple[Classes, Classes]
+Reader = Callable[[str, str, str | None], Iterator[dict[str, Any]]]
+"""(dataset id, split, config) -> records"""
 
 _BIOS = {
     "LabHC/bias_in_bios_class_set1": ("0", "1", "2", "6", "9"),
     "LabHC/bias_in_bios_class_set2": ("11", "13", "14", "18", "19"),
     "LabHC/bias_in_bios_class_set3": ("20", "21", "22", "25", "26"),
 }
+_GITHUB = "codeparrot/github-code"
 _AMAZON = "canrager/amazon_reviews_mcauley_1and5"
 _EUROPARL = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
 _LANGUAGES = ("C", "Python", "HTML", "Java", "PHP")
+_SOURCES = {**dict.fromkeys(_BIOS, "LabHC/bias_in_bios"), f"{_AMAZON}_sentiment": _AMAZON}
 _SHORTEST_CODE, _LICENCE_HEADER = 534, 150
 
 
-def _bios(name: str, train: int, test: int, seed: int) -> Splits:
+def _bios(read: Reader, name: str, train: int, test: int, seed: int) -> Splits:
     columns = ("hard_text", "profession", "gender")
-    return _each_split("LabHC/bias_in_bios", columns, _BIOS[name], train, test, seed)
+    return _each_split(read, _SOURCES[name], columns, _BIOS[name], train, test, seed)
 
 
-def _amazon_categories(name: str, train: int, test: int, seed: int) -> Splits:
-    return _each_split(name, ("text", "category", "rating"), ("1", "2", "3", "5", "6"), train, test, seed)
+def _amazon_categories(read: Reader, name: str, train: int, test: int, seed: int) -> Splits:
+    return _each_split(read, name, ("text", "category", "rating"), ("1", "2", "3", "5", "6"), train, test, seed)
 
 
 def _each_split(
-    source: str, columns: tuple[str, str, str], classes: tuple[str, ...], train: int, test: int, seed: int
+    read: Reader, source: str, columns: tuple[str, str, str], classes: tuple[str, ...], train: int, test: int, seed: int
 ) -> Splits:
     splits = [
-        _halves(_table(source, split, columns), columns, size // 2, seed)
+        _halves(_table(read, source, split, columns), columns, size // 2, seed)
         for split, size in (("train", train), ("test", test))
     ]
     return tuple(_chosen(source, split, classes) for split in splits)  # type: ignore[return-value]
@@ -68,20 +73,27 @@ def _halves(table: Any, columns: tuple[str, str, str], size: int, seed: int) -> 
     return classes
 
 
-def _amazon_sentiment(_name: str, train: int, test: int, seed: int) -> Splits:
-    return _drawn(_AMAZON, "rating", ("1.0", "5.0"), lambda value: str(float(value)), train, test, seed)
+def _amazon_sentiment(read: Reader, _name: str, train: int, test: int, seed: int) -> Splits:
+    return _drawn(read, _AMAZON, "rating", ("1.0", "5.0"), lambda value: str(float(value)), train, test, seed)
 
 
-def _ag_news(name: str, train: int, test: int, seed: int) -> Splits:
-    return _drawn(name, "label", ("0", "1", "2", "3"), str, train, test, seed)
+def _ag_news(read: Reader, name: str, train: int, test: int, seed: int) -> Splits:
+    return _drawn(read, name, "label", ("0", "1", "2", "3"), str, train, test, seed)
 
 
 def _drawn(
-    source: str, label: str, classes: tuple[str, ...], key: Callable[[Any], str], train: int, test: int, seed: int
+    read: Reader,
+    source: str,
+    label: str,
+    classes: tuple[str, ...],
+    key: Callable[[Any], str],
+    train: int,
+    test: int,
+    seed: int,
 ) -> Splits:
     splits = []
     for split, size in (("train", train), ("test", test)):
-        table = _table(source, split, ("text", label))
+        table = _table(read, source, split, ("text", label))
         drawn = {
             key(value): members.sample(n=min(size, len(members)), random_state=seed)["text"].tolist()
             for value, members in table.groupby(label)
@@ -90,9 +102,9 @@ def _drawn(
     return splits[0], splits[1]
 
 
-def _github(name: str, train: int, test: int, seed: int) -> Splits:
+def _github(read: Reader, name: str, train: int, test: int, seed: int) -> Splits:
     found: Classes = {language: [] for language in _LANGUAGES}
-    for record in _records(name, "train", None):
+    for record in read(name, "train", None):
         if record["language"] in found and len(record["code"]) > _SHORTEST_CODE:
             found[record["language"]].append(record["code"][_LICENCE_HEADER:])
             if min(map(len, found.values())) > train + test:
@@ -100,11 +112,11 @@ def _github(name: str, train: int, test: int, seed: int) -> Splits:
     return _shuffled_and_cut(found, train, test, seed)
 
 
-def _europarl(name: str, train: int, test: int, seed: int) -> Splits:
+def _europarl(read: Reader, name: str, train: int, test: int, seed: int) -> Splits:
     found: Classes = {}
     for language, pair in _EUROPARL.items():
         found[language] = []
-        for record in _records(name, "train", pair):
+        for record in read(name, "train", pair):
             found[language].append(record["translation"][language])
             if len(found[language]) > train + test:
                 break
@@ -132,19 +144,18 @@ def _chosen(source: str, classes: Classes, names: tuple[str, ...]) -> Classes:
     return {name: classes[name] for name in names}
 
 
-def _table(source: str, split: str, columns: tuple[str, ...]) -> Any:
+def _table(read: Reader, source: str, split: str, columns: tuple[str, ...]) -> Any:
     """The wanted columns of a split as a data frame, in the order of the files."""
     import pandas
 
-    rows = [tuple(record[column] for column in columns) for record in _records(source, split, None)]
+    rows = [tuple(record[column] for column in columns) for record in read(source, split, None)]
     return pandas.DataFrame(rows, columns=list(columns))
 
 
-def _records(source: str, split: str, config: str | None) -> Iterator[dict[str, Any]]:
+def _records(revision: str | None, source: str, split: str, config: str | None) -> Iterator[dict[str, Any]]:
     """The records of a split: from a local folder in the hub's layout, or from the hub."""
-    root = os.environ.get("FIPO_DATA_ROOT")
-    folder = Path(root) / source if root else None
-    if folder is not None and folder.is_dir():
+    folder = _local(source)
+    if folder is not None:
         inside = folder / config if config else folder
         files = sorted(
             file
@@ -155,18 +166,41 @@ def _records(source: str, split: str, config: str | None) -> Iterator[dict[str, 
             raise UserError(f"dataset {source}: {inside} holds no parquet or jsonl file of the split {split}")
         for file in files:
             yield from load_local(file, split)
-    elif source == "codeparrot/github-code":  # offered by a script; its files are plain parquet
-        yield from load_hub("parquet", "train", None, data_files="hf://datasets/codeparrot/github-code/data/*.parquet")
+    elif source == _GITHUB:  # offered by a script; its files are plain parquet
+        files_of = f"hf://datasets/{_GITHUB}@{revision}/data/*.parquet"
+        yield from load_hub("parquet", "train", None, data_files=files_of)
     else:
-        yield from load_hub(source, split, None, config)
+        yield from load_hub(source, split, revision, config)
 
 
-BUILDERS: dict[str, Callable[[str, int, int, int], Splits]] = {
+def _local(source: str) -> Path | None:
+    """The folder of a dataset under `FIPO_DATA_ROOT`, where there is one."""
+    root = os.environ.get("FIPO_DATA_ROOT")
+    folder = Path(root) / source if root else None
+    return folder if folder is not None and folder.is_dir() else None
+
+
+_BUILDERS: dict[str, Callable[[Reader, str, int, int, int], Splits]] = {
     **dict.fromkeys(_BIOS, _bios),
     _AMAZON: _amazon_categories,
     f"{_AMAZON}_sentiment": _amazon_sentiment,
-    "codeparrot/github-code": _github,
+    _GITHUB: _github,
     "fancyzhx/ag_news": _ag_news,
     "Helsinki-NLP/europarl": _europarl,
 }
-"""Name -> builder(name, train texts a class, test texts a class, seed), in SAEBench's order."""
+NAMES = tuple(_BUILDERS)
+"""In SAEBench's order."""
+
+
+def select(
+    name: str, train: int, test: int, seed: int, revision: str | None = None
+) -> tuple[Classes, Classes, str | None]:
+    """Training and test texts of every class of the dataset `name`, `train` and `test` a class, and the revision they
+    are from (None for a local folder). Without a revision the hub's newest is taken, the same for all its files."""
+    source = _SOURCES.get(name, name)
+    if _local(source) is not None:
+        revision = None
+    elif revision is None:
+        revision = newest_revision(source)
+    chosen, tested = _BUILDERS[name](functools.partial(_records, revision), name, train, test, seed)
+    return chosen, tested, revision

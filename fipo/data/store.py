@@ -76,6 +76,12 @@ class ActivationStore:
         for start in range(0, self.tokens, size):
             yield self.read(start, min(size, self.tokens - start))
 
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """The same with the number of each token's text."""
+        text_N = self.texts()
+        for start, acts_NLD in zip(range(0, self.tokens, size), self.batches(size), strict=True):
+            yield Chunk(acts_NLD, text_N[start : start + size])
+
 
 def open_or_harvest(key: dict[str, Any], produce: Callable[[], Iterable[Chunk]], tokens: int | None) -> ActivationStore:
     """The store of this key, made by `produce` where there is none (or a damaged one).

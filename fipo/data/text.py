@@ -42,7 +42,7 @@ def open_text(text: Text) -> TextSource:
         return TextSource(fingerprint, lambda: _column(lambda: load_local(path, text.split), text, ()))
     if text.source.startswith((".", "/", "~")):
         raise UserError(f"text source {text.source} does not exist; expected a folder or file of parquet, jsonl or txt")
-    revision = text.revision or _newest_revision(text.source)
+    revision = text.revision or newest_revision(text.source)
     return TextSource(
         f"{text.source}@{revision}/{text.split}/{text.field}",
         lambda: _column(lambda: load_hub(text.source, text.split, revision), text, PAUSES),
@@ -83,14 +83,15 @@ def load_hub(
         ) from error
 
 
-def _newest_revision(name: str) -> str:
+def newest_revision(name: str) -> str:
+    """The commit that a hub dataset is at now."""
     import huggingface_hub
 
     try:
         return huggingface_hub.HfApi().dataset_info(name).sha or "main"
     except Exception as error:
         raise UserError(
-            f"text source {name} is no local path, and the hub cannot be asked for it ({type(error).__name__}); "
+            f"dataset {name} is no local path, and the hub cannot be asked for it ({type(error).__name__}); "
             "check the name, the network and HF_TOKEN if it is gated"
         ) from error
 

@@ -1,0 +1,65 @@
+"""What every benchmark shares: interleaved timing, one table on screen, one JSON file."""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fipo.files import write_json
+from fipo.provenance import hardware, provenance
+
+
+def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
+    """`--json OUT` and an option for each default, of its type."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="%(default)s")
+    return parser.parse_args()
+
+
+def interleaved(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each job; the jobs take turns, so that what disturbs the machine disturbs all of them."""
+    for job in work.values():
+        job()
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(rounds):
+        for name, job in work.items():
+            started = time.perf_counter()
+            job()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def publish(name: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], path: Path | None) -> None:
+    """Print the rows as a Markdown table with the ratios below; write them with hardware and versions to `path`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print(f"{name} on {hardware(device)}\n")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for row in rows:
+        print(f"| {' | '.join(_shown(row.get(column)) for column in columns)} |")
+    print("\n" + "\n".join(f"{key}: {value:.3g}" for key, value in ratios.items()))
+    if path is not None:
+        origin = provenance()
+        write_json(
+            path,
+            {
+                "name": name,
+                "hardware": hardware(device),
+                "versions": origin["versions"],
+                "git_revision": origin["git_revision"],
+                "rows": [dict(row) for row in rows],
+                "ratios": dict(ratios),
+            },
+        )
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else "-" if value is None else str(value)

@@ -1,0 +1,7 @@
+"""`python -m fipo` is the command `fipo`."""
+
+import sys
+
+from fipo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,80 @@
+"""The command `fipo`: what is done with saved SAEs and finished runs. Training is `experiment.py`'s.
+
+fipo probe RUN_OR_SAE_DIR ... --datasets NAME_OR_FOLDER ...
+fipo compare RUN_OR_RESULT_DIR ...
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fipo.errors import EXIT_CODE, UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand, or say in one line why not."""
+    parser = argparse.ArgumentParser(prog="fipo", description="Probe saved SAEs and compare finished runs.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_probe(commands.add_parser("probe", help="sparse probing of saved SAEs, in one pass of the model"))
+    _add_compare(commands.add_parser("compare", help="finished runs side by side, as Markdown"))
+    given = parser.parse_args(arguments)
+    try:
+        given.run(given)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_CODE
+    return 0
+
+
+def _add_probe(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, metavar="RUN_OR_SAE_DIR", help="run folders, or SAEs in SAELens' format")
+    add("--datasets", nargs="+", required=True, metavar="NAME_OR_FOLDER", help="labelled text, see README")
+    add("--k", default="1,2,5,10,20,50", help="numbers of latents, by commas (default %(default)s)")
+    add("--train", type=int, default=2000, help="training texts a class (default %(default)s)")
+    add("--test", type=int, default=500, help="test texts a class (default %(default)s)")
+    add("--repeats", type=int, default=1, help="draws of splits and negatives (default %(default)s)")
+    add("--seed", type=int, default=42, help="of texts, negatives and controls (default %(default)s)")
+    add("--rng", choices=("fipo", "saebench"), default="fipo", help="saebench replays SAEBench's random numbers")
+    add("--pooling", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is SAEBench's for such models")
+    add("--out", type=Path, help="folder for a result file an SAE")
+    add("--model", help="the language model, where the SAE does not name it")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="format in which the model runs")
+    add("--context", type=int, help="tokens a text, where the SAE does not say")
+    parser.set_defaults(run=_probe)
+
+
+def _probe(given: argparse.Namespace) -> None:
+    from fipo import probe_job
+    from fipo.config import Probing
+
+    try:
+        ks = tuple(int(k) for k in given.k.split(","))
+    except ValueError as error:
+        raise UserError(f"--k is {given.k!r}; expected whole numbers by commas, as in 1,2,5") from error
+    probing = Probing(
+        datasets=tuple(given.datasets),
+        train_per_class=given.train,
+        test_per_class=given.test,
+        ks=ks,
+        repeats=given.repeats,
+        rng=given.rng,
+        pooling=given.pooling,
+    )
+    chosen = {"model": given.model, "dtype": given.dtype, "context": given.context}
+    probe_job.run(given.folders, probing, given.seed, given.out, **chosen)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_OR_RESULT_DIR")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(given: argparse.Namespace) -> None:
+    from fipo.compare import report
+
+    sys.stdout.write(report(given.folders))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

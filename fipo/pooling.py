@@ -1,0 +1,108 @@
+"""From the tokens of a text to one row: the mean over its content tokens of any map of the activations.
+
+All maps of all layers are pooled in one pass over the tokens, which are never kept: a chunk is encoded, summed text by
+text and dropped. What was pooled can be kept in a cache under a key that names all it depends on. Shapes: N texts,
+B tokens of a chunk, L layers, D model width, F features.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from fipo.checkpoint import load_tensors, save_tensors
+from fipo.data.harvest import Chunk
+from fipo.data.store import cache_root
+from fipo.errors import UserError
+from fipo.files import read_json, sha256_json, write_json
+
+Precision = Literal["float32", "bfloat16"]
+
+
+class FeatureMap(NamedTuple):
+    """Activations of one layer [B, D] -> features [B, F]."""
+
+    layer: int
+    width: int
+    encode: Callable[[Tensor], Tensor]
+    key: tuple[Any, ...]
+    """Names all that the map depends on, as plain values."""
+    keep: bool = True
+    """Keep what is pooled for the next time?"""
+
+
+@torch.no_grad()
+def pool(
+    chunks: Iterable[Chunk],
+    texts: int,
+    maps: Sequence[FeatureMap],
+    layers: Sequence[int],
+    *,
+    device: str = "cpu",
+    precision: Precision = "float32",
+) -> list[Tensor]:
+    """Means over each text's content tokens, [N, F] a map, in float32.
+
+    `layers` names the second axis of the chunks. With `bfloat16` sum and mean are rounded as SAEBench's are when the
+    model runs in that format; the maps are then expected to round their own arithmetic.
+    """
+    sums = [torch.zeros(texts, one.width, device=device) for one in maps]
+    tokens_N = torch.zeros(texts, dtype=torch.int64)
+    for acts_BLD, text_B in chunks:
+        owners, counts = text_B.unique_consecutive(return_counts=True)
+        starts, rows_B = (counts.cumsum(0) - counts).to(device), torch.arange(len(text_B), device=device)
+        tokens_N += torch.bincount(text_B, minlength=texts)
+        for one, sum_NF in zip(maps, sums, strict=True):
+            codes_BF = one.encode(acts_BLD[:, layers.index(one.layer)].to(device)).float()
+            sum_NF.index_add_(0, owners.to(device), embedding_bag(rows_B, codes_BF, starts, mode="sum"))
+    if not tokens_N.all():
+        raise UserError(f"probing text {int((tokens_N == 0).nonzero()[0])} has no content token; remove it")
+    count_N1 = tokens_N[:, None].to(device)
+    if precision == "bfloat16":
+        return [(sum_NF.bfloat16() / count_N1).float().cpu() for sum_NF in sums]
+    return [(sum_NF / count_N1).cpu() for sum_NF in sums]
+
+
+def pool_or_read(
+    key: dict[str, Any],
+    chunks: Callable[[], Iterable[Chunk]],
+    texts: int,
+    maps: Sequence[FeatureMap],
+    layers: Sequence[int],
+    *,
+    device: str = "cpu",
+    precision: Precision = "float32",
+) -> list[Tensor]:
+    """`pool`, where the cache does not hold it yet; `key` names the tokens. What is damaged is pooled again."""
+    places = [
+        cache_root() / "pooled" / f"{sha256_json([key, one.layer, *one.key, precision])[:32]}.safetensors"
+        for one in maps
+    ]
+    found: list[Tensor | None] = []
+    for one, place in zip(maps, places, strict=True):
+        try:
+            pooled_NF = load_tensors(place)["pooled_NF"] if one.keep and place.is_file() else None
+        except (UserError, KeyError):
+            pooled_NF = None
+        found.append(pooled_NF if pooled_NF is not None and pooled_NF.shape == (texts, one.width) else None)
+    missing = [number for number, pooled_NF in enumerate(found) if pooled_NF is None]
+    if missing:
+        made = pool(chunks(), texts, [maps[n] for n in missing], layers, device=device, precision=precision)
+        for number, pooled_NF in zip(missing, made, strict=True):
+            found[number] = pooled_NF
+            if maps[number].keep:
+                save_tensors(places[number], {"pooled_NF": pooled_NF})
+    return [pooled_NF for pooled_NF in found if pooled_NF is not None]
+
+
+def numbers_or_read(key: Any, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """A few numbers that take the model to find, kept beside the pooled texts under their key."""
+    place = cache_root() / "pooled" / f"{sha256_json(key)[:32]}.json"
+    try:
+        return {name: float(value) for name, value in read_json(place).items()}
+    except (UserError, AttributeError, TypeError, ValueError):
+        numbers = measure()
+        write_json(place, numbers)
+        return numbers

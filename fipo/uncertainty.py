@@ -1,0 +1,86 @@
+"""How sure is a mean accuracy? Errors that know that the tasks of a dataset share their texts.
+
+The score of a dataset is the unweighted mean over its T tasks, that of a suite the mean over its datasets. A text
+serves in several tasks (as a positive in one, as a negative in others), so it is the text, not the answer, that is
+drawn: an error is computed from each text's whole contribution. Shapes: T tasks, M rows of a task, N texts, R
+resamples.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Answers(NamedTuple):
+    """A value for every row of every task of one dataset: right or wrong, or a difference of two such."""
+
+    values_TM: Tensor
+    rows_TM: Tensor
+    """Number of the text behind each row."""
+
+    @property
+    def mean(self) -> float:
+        """The dataset's score."""
+        return self.values_TM.double().mean(1).mean().item()
+
+
+class Interval(NamedTuple):
+    """A mean with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def task_errors(right_TM: Tensor) -> Tensor:
+    """Binomial standard error of every task's accuracy, [T]."""
+    mean_T = right_TM.double().mean(1)
+    return (mean_T * (1 - mean_T) / right_TM.shape[1]).sqrt()
+
+
+def dataset_error(answers: Answers) -> float:
+    """Standard error of the mean over tasks, clustered by text: √Σ_n (Σ_t (v_tn - mean_t) / (M T))²."""
+    values_TM = answers.values_TM.double()
+    tasks, rows = values_TM.shape
+    share_TM = (values_TM - values_TM.mean(1, keepdim=True)) / (rows * tasks)
+    by_text_N = torch.zeros(int(answers.rows_TM.max()) + 1, dtype=torch.float64)
+    by_text_N.index_add_(0, answers.rows_TM.flatten(), share_TM.flatten())
+    return by_text_N.pow(2).sum().sqrt().item()
+
+
+def suite_error(errors: Sequence[float]) -> float:
+    """Standard error of the mean of independent datasets."""
+    return math.sqrt(sum(error * error for error in errors)) / len(errors)
+
+
+def bootstrap(
+    datasets: Sequence[Answers], generator: torch.Generator, resamples: int = 2000
+) -> tuple[list[Interval], Interval]:
+    """Intervals of each dataset's mean and of the mean over datasets, by drawing texts with replacement."""
+    drawn_DR = torch.stack([_resampled(answers, generator, resamples) for answers in datasets])
+    means = [answers.mean for answers in datasets]
+    whole = _interval(sum(means) / len(means), drawn_DR.mean(0))
+    return [_interval(mean, drawn_R) for mean, drawn_R in zip(means, drawn_DR, strict=True)], whole
+
+
+def _resampled(answers: Answers, generator: torch.Generator, resamples: int) -> Tensor:
+    """The dataset's mean under `resamples` draws of its texts, [R]."""
+    texts_K, place_TM = answers.rows_TM.unique(return_inverse=True)
+    tasks, count = place_TM.shape[0], len(texts_K)
+    drawn_RK = torch.randint(count, (resamples, count), generator=generator)
+    weight_RK = torch.zeros(resamples, count, dtype=torch.float64)
+    weight_RK.scatter_add_(1, drawn_RK, torch.ones_like(weight_RK))
+    value_KT = torch.zeros(count, tasks, dtype=torch.float64)
+    present_KT = torch.zeros(count, tasks, dtype=torch.float64)
+    for task in range(tasks):
+        value_KT[:, task].index_add_(0, place_TM[task], answers.values_TM[task].double())
+        present_KT[:, task].index_add_(0, place_TM[task], torch.ones(place_TM.shape[1], dtype=torch.float64))
+    return ((weight_RK @ value_KT) / (weight_RK @ present_KT).clamp_min(1)).mean(1)
+
+
+def _interval(mean: float, drawn_R: Tensor) -> Interval:
+    low, high = drawn_R.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Interval(mean, low, high)

@@ -1,0 +1,155 @@
+"""The command `fipo`: probing saved SAEs end to end, comparing results, and one line for every mistake."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from toys import seeded
+
+from fipo.activations import ReLU, TopK
+from fipo.checkpoint import load_tensors
+from fipo.cli import main
+from fipo.export import save_sae
+from fipo.sae import SAE
+
+
+@pytest.fixture
+def saved(tmp_path, model_folder):
+    """Two SAEs of two layers in a folder like a run's, and a third of another kind beside it."""
+    model = str(model_folder("bert"))
+
+    def save(folder, layer, activation, seed, width=16):
+        sae = SAE(width, 32, activation, generator=seeded(seed))
+        save_sae(folder, sae, model=model, layer=layer, context=16, dataset="text", beside={})
+        return folder
+
+    for layer in (0, 1):
+        save(tmp_path / "run_3" / f"layer_{layer}", layer, ReLU(), layer)
+    (tmp_path / "run_3" / "config.yaml").write_text("run: run_3\nseed: 42\n")
+    save(tmp_path / "other", 1, TopK(4), 7)
+    return tmp_path
+
+
+def probe(capsys, folders, labelled, *more):
+    code = main(["probe", *map(str, folders), "--datasets", *map(str, labelled), *SIZES, *map(str, more)])
+    return code, *capsys.readouterr()
+
+
+SIZES = ["--k", "1,5", "--train", "20", "--test", "10"]
+
+
+def test_probes_runs_and_single_saes_in_one_go(saved, labelled_folders, capsys):
+    out = saved / "out"
+    code, shown, _ = probe(capsys, [saved / "run_3", saved / "other"], labelled_folders, "--out", out)
+    assert code == 0
+    for name in ("run_3/layer_0", "run_3/layer_1", "other"):
+        assert f"{name}: test accuracy of the k best, SAE | LLM | random" in shown
+    for label in ("topics", "sport", "money", "mean", "over random"):
+        assert shown.count(label) >= 3
+    files = {file.name for file in out.iterdir()}
+    names = ("run_3_layer_0", "run_3_layer_1", "other")
+    assert files == {f"{n}{suffix}" for n in names for suffix in ("_eval_results.json", "_outcomes.safetensors")}
+    record = json.loads((out / "run_3_layer_1_eval_results.json").read_text())
+    assert record["eval_type_id"] == "sparse_probing" and record["eval_config"]["dataset_names"] == ["topics", "more"]
+    assert record["sae"] == {"name": "run_3/layer_1", "layer": 1, "run": "run_3", "seed": 42}
+    assert record["sae_cfg_dict"]["hook_layer"] == 1 and record["git_revision"] and record["versions"]["torch"]
+    right_TM = load_tensors(out / "run_3_layer_1_outcomes.safetensors")["topics/sae_top_5/right_TM"]
+    mean = record["eval_result_details"][0]["sae_top_5_test_accuracy"]
+    assert right_TM.dtype == torch.bool and mean == pytest.approx(right_TM.double().mean().item())
+
+
+def test_the_same_command_gives_the_same_numbers(saved, labelled_folders, capsys):
+    results = []
+    for name in ("a", "b"):
+        probe(capsys, [saved / "other"], labelled_folders, "--out", saved / name)
+        results.append(json.loads((saved / name / "other_eval_results.json").read_text()))
+    first, second = results
+    assert first["eval_result_unstructured"] == second["eval_result_unstructured"]
+    assert first["eval_result_controls"] == second["eval_result_controls"]
+
+
+def test_comparing_results(saved, labelled_folders, capsys):
+    """run_9 is run_3 with a ruined layer 1: the difference is 0 on layer 0 and clearly negative on layer 1."""
+    shutil.copytree(saved / "run_3", saved / "run_9")
+    (saved / "run_9" / "config.yaml").write_text("run: run_9\nseed: 42\n")
+    dead = SAE(16, 32, ReLU(), generator=seeded(1))
+    dead.enc_bias_F.data.fill_(-1e3)
+    model = json.loads((saved / "run_3" / "layer_1" / "cfg.json").read_text())["metadata"]["model_name"]
+    save_sae(saved / "run_9" / "layer_1", dead, model=model, layer=1, context=16, dataset="text", beside={})
+    out = saved / "out"
+    probe(capsys, [saved / "run_3", saved / "run_9"], labelled_folders, "--out", out)
+    assert main(["compare", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| workload | run | layer | SAE top-1 | LLM top-1 | PCA top-1 | random top-1 |")
+    table = [line for line in lines if line.startswith("| - | run_")]
+    assert len(table) == 4 and "| 0.500 |" in [line for line in table if "run_9 | 1" in line][0]
+    same = next(line for line in lines if line.startswith("| run_9 - run_3 | 0 | all |"))
+    assert "+0.000 [+0.000, +0.000]" in same
+    worse = next(line for line in lines if line.startswith("| run_9 - run_3 | 1 | all |"))
+    mean, low, high = (float(part.strip(" [],|")) for part in worse.split("|")[-2].replace(",", "").split())
+    assert low <= mean <= high < 0
+    assert sum("| topics |" in line for line in lines) == 2  # two runs: each dataset as well
+    assert "run_3: 42; run_9: 42" in "\n".join(lines)
+
+
+def mistake(case, saved, labelled):
+    """(folders, datasets, more arguments, what must be told)"""
+    run, other = saved / "run_3", saved / "other"
+    match case:
+        case "no SAE":
+            return [saved], labelled, [], "holds no SAE"
+        case "twice":
+            return [other, other], labelled, [], "is given twice"
+        case "no dataset":
+            return [other], ["nowhere/at/all"], [], "neither a folder nor known"
+        case "k":
+            return [other], labelled, ["--k", "1,x"], "--k is '1,x'"
+        case "k above F":
+            return [other], labelled, ["--k", "33"], "more than the 32 latents"
+        case "too few texts":
+            return [other], labelled, ["--train", "21"], "0 texts"
+        case "result in the way":
+            (saved / "out").mkdir()
+            (saved / "out" / "other_eval_results.json").write_text("{}")
+            return [other], labelled, ["--out", saved / "out"], "already holds a result of other"
+        case "no layer" | "no model" | "context":
+            config = json.loads((other / "cfg.json").read_text())
+            if case == "no layer":
+                config["metadata"] |= {"hook_layer": None, "hook_name": "somewhere"}
+            elif case == "no model":
+                config["metadata"]["model_name"] = None
+            else:
+                config["metadata"]["context_size"] = 8
+            (other / "cfg.json").write_text(json.dumps(config))
+            told = {"no layer": "names no layer", "no model": "does not say its model"}
+            return [run, other], labelled, [], told.get(case, "differ in context")
+        case "layer out of range":
+            config = json.loads((other / "cfg.json").read_text())
+            config["metadata"]["hook_layer"] = 9
+            (other / "cfg.json").write_text(json.dumps(config))
+            return [other], labelled, [], "layer 9"
+        case "damaged":
+            (other / "sae_weights.safetensors").write_bytes(b"no")
+            return [other], labelled, [], "damaged"
+    raise AssertionError(case)
+
+
+CASES = ["no SAE", "twice", "no dataset", "k", "k above F", "too few texts", "result in the way", "no layer"]
+CASES += ["no model", "context", "layer out of range", "damaged"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistakes_are_one_line_and_exit_code_2(case, saved, labelled_folders, capsys):
+    folders, datasets, more, told = mistake(case, saved, labelled_folders)
+    if case == "too few texts":
+        more = ["--train", "2000"]
+    code, shown, errors = probe(capsys, folders, datasets, *more)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and not shown
+    assert told in lines[0] or (case == "too few texts" and "2000 are needed" in lines[0])
+
+
+def test_compare_needs_results(tmp_path, capsys):
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "holds no final_info.json" in capsys.readouterr().err
