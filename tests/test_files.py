@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,15 @@ def test_temporaries_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("x")
     remove_temporaries(tmp_path)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(own)
+
+
+def test_temporaries_of_the_living_stay_where_others_may_write(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for process in (dead.pid, os.getpid(), os.getppid()):
+        (tmp_path / f".a.{process}.tmp").write_text("x")
+    remove_temporaries(tmp_path, of_the_dead=True)
+    assert names(tmp_path) == sorted(f".a.{process}.tmp" for process in (os.getpid(), os.getppid()))
 
 
 def test_a_link_is_removed_and_not_what_it_points_at(tmp_path):
