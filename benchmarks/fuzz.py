@@ -37,6 +37,7 @@ import torch  # noqa: E402
 import toys  # noqa: E402
 import yaml  # noqa: E402
 
+from benchmarks.common import publish  # noqa: E402
 from fipo import checkpoint, results, runs  # noqa: E402
 from fipo.activations import build_activation  # noqa: E402
 from fipo.config import Probing, Text  # noqa: E402
@@ -47,7 +48,6 @@ from fipo.data.text import open_text  # noqa: E402
 from fipo.errors import UserError  # noqa: E402
 from fipo.export import load_sae, save_sae  # noqa: E402
 from fipo.log import append_log, read_log  # noqa: E402
-from fipo.provenance import hardware, provenance  # noqa: E402
 from fipo.records import to_dict  # noqa: E402
 from fipo.sae import SAE  # noqa: E402
 
@@ -487,7 +487,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
-    root, began = Path(tempfile.mkdtemp(prefix="fipo_fuzz_")), time.monotonic()
+    root = Path(tempfile.mkdtemp(prefix="fipo_fuzz_"))
     chance = random.Random(arguments.seed)
     kinds = chance.choices(TARGETS, [target.share for target in TARGETS], k=arguments.cases)
     found = run_all(list(enumerate(kinds)), root, arguments.seed)
@@ -506,11 +506,7 @@ def main() -> int:
     ratios["most_memory_mb"] = max(one.get("memory", 0) for one in found) >> 20
     for one in bad:
         sys.stderr.write(f"{root}/case_{one['case']}: {one['target']}: {one['outcome']}: {one['detail']}\n")
-    numbers = {"name": "fuzz", **provenance(), "hardware": hardware("cpu"), "rows": rows, "ratios": ratios}
-    numbers |= {"seed": arguments.seed, "seconds": round(time.monotonic() - began, 1)}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(ratios) + "\n")
+    publish("fuzz", rows, ratios, arguments.json)
     if not bad:
         shutil.rmtree(root)
     return 1 if bad else 0

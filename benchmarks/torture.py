@@ -44,8 +44,8 @@ import yaml  # noqa: E402
 from transformers import AutoModel, AutoTokenizer, BertModel, GPTNeoXModel  # noqa: E402, F401
 
 import experiment  # noqa: E402
+from benchmarks.common import publish  # noqa: E402
 from fipo import checkpoint, job, loop  # noqa: E402
-from fipo.provenance import hardware, provenance  # noqa: E402
 
 PHASES = ("set-up", "harvest", "training", "checkpointing", "probing", "reporting")
 WATCHED = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "open"}
@@ -382,7 +382,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("run_3", "run_6"), help="one kind of run in place of two")
     arguments = parser.parse_args()
-    chance, began = random.Random(arguments.seed), time.monotonic()
+    chance = random.Random(arguments.seed)
     root = Path(tempfile.mkdtemp(prefix="fipo_torture_"))
     numbers = itertools.count()
     victims = [reference(root, run, workload, next(numbers)) for run, workload in prepare(root, arguments.only)]
@@ -413,11 +413,7 @@ def main() -> int:
     rows = [{"phase": phase, "how": how, "kills": count} for (phase, how), count in sorted(kills.items())]
     rows += faults
     ratios = {"kills": sum(kills.values()), "different": different, "lost": lost, "write_faults": len(faults)}
-    found = {"name": "torture", **provenance(), "hardware": hardware("cpu"), "rows": rows, "ratios": ratios}
-    found |= {"seed": arguments.seed, "seconds": round(time.monotonic() - began, 1)}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    sys.stdout.write(json.dumps(ratios) + "\n")
+    publish("torture", rows, ratios, arguments.json)
     if not different and not lost:
         shutil.rmtree(root)
     return 1 if different or lost else 0
