@@ -277,8 +277,10 @@ class Trial:
         elif wait(self.attempt(), self.board) != 2:  # a finished run is refused, and tidied up
             self.lost.append("a finished run was not refused")
         said = (self.folder / "said.txt").read_text(encoding="utf-8", errors="replace")
-        if "Traceback" in said:
-            self.lost.append("traceback: " + said[said.index("Traceback") :][-1500:])
+        lines = ["", *said.splitlines()]
+        for before, line in itertools.pairwise(lines):  # a destructor that meets a half-made object is no concern
+            if line.startswith("Traceback") and not before.startswith("Exception ignored in"):
+                self.lost.append(f"traceback: {lines[-1]}")
         found, expected = leftovers(self.folder), self.victim.reference
         names = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         if names:
@@ -293,6 +295,8 @@ class Trial:
 def interrupt(trial: Trial, chance: random.Random) -> tuple[str, str] | None:
     """Start the command and stop it somewhere; (phase, how), or None when it was done before."""
     victim, board = trial.victim, trial.board
+    if (trial.folder / victim.run / "final_info.json").exists():
+        return None
     saved, how = board.saved, chance.choices(("between changes", "SIGKILL", "SIGTERM", "SIGINT"), (4, 3, 2, 1))[0]
     if how == "between changes":
         code = wait(trial.attempt(die_at=chance.randint(1, victim.changes)), board)

@@ -35,6 +35,7 @@ from fipo.signals import StopSignals
 from fipo.summary import outcomes
 from fipo.train import TrainState
 
+LOCK = ".lock"
 TO_LOWER = "workload.context, workload.latents or workload.probing.train_per_class"
 
 
@@ -54,10 +55,11 @@ class Phases:
 
 def run(out_dir: Path, experiments: Path) -> None:
     """Do, or finish, the run in `out_dir`; `experiments` holds the run files."""
+    tidy_finished(out_dir)
     refuse_finished(out_dir)
     phases = Phases()
     config = runs.resolve(out_dir, experiments)
-    with StopSignals() as stop, writable(out_dir), locked(out_dir / ".lock"), enough_memory("a run", TO_LOWER):
+    with StopSignals() as stop, writable(out_dir), locked(out_dir / LOCK), enough_memory("a run", TO_LOWER):
         refuse_finished(out_dir)
         remove_temporaries(out_dir)
         remove_temporaries(cache_root() / "pooled", of_the_dead=True)
@@ -97,13 +99,17 @@ def run(out_dir: Path, experiments: Path) -> None:
 
 
 def refuse_finished(out_dir: Path) -> None:
-    """A finished run is never touched, but for what its process had no time to tidy up."""
+    """A finished run is never touched."""
     if (out_dir / FINAL).exists():
-        if (out_dir / CHECKPOINTS).exists():
-            with locked(out_dir / ".lock"):
-                remove(out_dir / CHECKPOINTS)
-                remove_temporaries(out_dir)
         raise UserError(f"{out_dir} holds a finished run, which is never overwritten; name another folder or remove it")
+
+
+def tidy_finished(out_dir: Path) -> None:
+    """Remove what the process of a finished run had no time to."""
+    if (out_dir / FINAL).exists() and any((out_dir / name).exists() for name in (CHECKPOINTS, LOCK)):
+        with locked(out_dir / LOCK):
+            remove(out_dir / CHECKPOINTS)
+            remove_temporaries(out_dir)
 
 
 @contextlib.contextmanager

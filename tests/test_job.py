@@ -473,9 +473,11 @@ def test_killed_right_after_the_record_was_written(tmp_path, finished, values):
     out_dir = tmp_path / "run_3"
     shutil.copytree(finished, out_dir)
     (out_dir / loop.CHECKPOINTS / "step_30").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds a finished run"):
-        start(out_dir, values)
-    assert files(out_dir) == files(finished) and not (out_dir / loop.CHECKPOINTS).exists()
+    for left in (loop.CHECKPOINTS, ".lock"):
+        (out_dir / ".lock").touch()
+        with pytest.raises(UserError, match="holds a finished run"):
+            start(out_dir, values)
+        assert files(out_dir) == files(finished) and not (out_dir / left).exists()
 
 
 def test_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path, finished, values, monkeypatch, capsys):
