@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from benchmarks.parity import check, inputs, ours
-from fipo.bf16 import encode_in, pool_in
 from fipo.replay import replay
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "saebench.json").read_text())
@@ -53,12 +52,7 @@ def test_pooled_means(folder, dtype):
     """In bfloat16 bit for bit but for one unit in the last place here and there: sums run in another order."""
     ids_BL, acts_BLD = inputs.planted_activations(100, 5, 16, 12, seed=1)
     counts, chunks = ours.content_tokens(ids_BL, acts_BLD, FIXTURE["job"]["special"])
-    sae, low = ours.open_sae(folder / "sae"), torch.bfloat16
-    if dtype == "float32":
-        both = ours.pooled(chunks, len(counts), sae)
-    else:
-        acts_ND, text_N = torch.cat([one.acts_NLD[:, 0] for one in chunks]), torch.cat([one.text_N for one in chunks])
-        both = pool_in(acts_ND, text_N, len(counts), lambda x_BD: encode_in(sae, x_BD, low), sae.latents, low)
+    both = ours.pooled(chunks, len(counts), ours.open_sae(folder / "sae"), dtype)
     for who, found in zip(("llm", "sae"), both, strict=True):
         expected = torch.tensor(FIXTURE["tensors"][f"{who}_{dtype}"])
         tolerance = 1e-5 if dtype == "float32" else 2**-8

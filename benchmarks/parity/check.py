@@ -26,13 +26,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.parity import inputs, ours
-from fipo.bf16 import encode_in, pool_in
 from fipo.config import Probing
 from fipo.data import sae_probes
 from fipo.data.harvest import harvest
 from fipo.data.labelled import load_labelled
 from fipo.data.lm import LanguageModel
-from fipo.data.saebench_text import BUILDERS
+from fipo.data.saebench_text import NAMES
 from fipo.export import save_sae
 from fipo.files import sha256_json
 from fipo.probing import Tasks, fit_logistic, one_vs_rest
@@ -150,7 +149,7 @@ def run_reference(folder: Path, python: Path) -> tuple[dict[str, Any], dict[str,
 def check_data(folder: Path, job: dict[str, Any], theirs: dict[str, Any]) -> Iterator[Row]:
     """1: the texts of the eight datasets."""
     os.environ["FIPO_DATA_ROOT"] = str(folder / "hub")
-    found = ours.selected_texts(BUILDERS, job["train"], job["test"], job["seed"])
+    found = ours.selected_texts(NAMES, job["train"], job["test"], job["seed"])
     del os.environ["FIPO_DATA_ROOT"]
     for name, splits in theirs["data"].items():
         same = {split: list(found[name][split].items()) == list(given.items()) for split, given in splits.items()}
@@ -170,10 +169,7 @@ def check_pooling(folder: Path, job: dict, theirs: dict, tensors: dict[str, Tens
     for who, mine in (("llm", llm_ND), ("sae", sae_NF)):
         worst = (mine - tensors[f"{who}_float32"]).abs().max().item()
         yield f"2 pooling {who} float32", f"largest difference {worst:.1e}", worst < 1e-5 * mine.abs().max().item()
-    acts_ND, text_N = torch.cat([chunk.acts_NLD[:, 0] for chunk in chunks]), torch.cat([c.text_N for c in chunks])
-    pooled = pool_in(
-        acts_ND, text_N, len(counts), lambda x: encode_in(sae, x, torch.bfloat16), sae.latents, torch.bfloat16
-    )
+    pooled = ours.pooled(chunks, len(counts), sae, "bfloat16")
     for who, mine in zip(("llm", "sae"), pooled, strict=True):
         same = (mine == tensors[f"{who}_bfloat16"]).double().mean().item()
         worst = (mine.float() - tensors[f"{who}_bfloat16"].float()).abs().max().item()

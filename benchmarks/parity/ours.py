@@ -1,7 +1,7 @@
 """What ours computes on the inputs of the parity checks: the public functions of `fipo`, called from one place."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,20 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fipo.config import Probing, RunConfig
+from fipo.config import Probing
 from fipo.data.harvest import Chunk, harvest
 from fipo.data.labelled import _read_split, load_labelled
 from fipo.data.store import ActivationStore
-from fipo.evaluate import make_tasks, pool
+from fipo.evaluate import make_tasks
 from fipo.export import load_sae
 from fipo.files import read_json, sha256_json
-from fipo.probing import full_accuracies, sparse_accuracies
+from fipo.pooling import FeatureMap, Precision, encode_in, pool
+from fipo.probing import full_accuracies, sparse_answers
 from fipo.randomness import generator_for
-from fipo.runs import resolve
 from fipo.sae import SAE
-from fipo.saebench import metric_name, sparse_probing_record
-
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+from fipo.saebench import Setting, metric_name, sparse_probing_record
 
 
 def selected_texts(names: Iterable[str], train: int, test: int, seed: int) -> dict[str, dict[str, dict[str, str]]]:
@@ -67,34 +65,38 @@ def content_of_cache(classes: list[Tensor]) -> list[Chunk]:
     return chunks
 
 
-def pooled(chunks: list[Chunk], texts: int, sae: SAE) -> tuple[Tensor, Tensor]:
-    """Means over the content tokens of every text, [N, D] of the activations and [N, F] of the codes, in float32."""
-
-    def batches(_size: int) -> Iterator[Tensor]:
-        return (chunk.acts_NLD for chunk in chunks)
-
-    owners = torch.cat([chunk.text_N for chunk in chunks])
-    return pool(SimpleNamespace(texts=lambda: owners, batches=batches), 0, sae, texts)  # type: ignore[arg-type]
+def pooled(chunks: Iterable[Chunk], texts: int, sae: SAE, precision: Precision = "float32") -> tuple[Tensor, Tensor]:
+    """Means over the content tokens of every text, [N, D] of the activations and [N, F] of the codes."""
+    encode = sae.encode if precision == "float32" else lambda acts_BD: encode_in(sae, acts_BD, torch.bfloat16)
+    maps = [
+        FeatureMap(0, sae.d_in, lambda acts_BD: acts_BD, ("llm",), channels=True),
+        FeatureMap(0, sae.latents, encode, ("sae",)),
+    ]
+    llm_ND, sae_NF = pool(chunks, texts, maps, (0,), precision=precision)
+    return llm_ND, sae_NF
 
 
 def pooled_store(store: ActivationStore, texts: int, sae: SAE) -> tuple[Tensor, Tensor]:
     """The same of token activations on disk, read as they are needed."""
-    return pool(store, 0, sae, texts)
+    return pooled(store.chunks(2048), texts, sae)
 
 
 def probe(
     llm_ND: Tensor, sae_NF: Tensor, train_sizes: list[int], test_sizes: list[int], ks: tuple[int, ...], seed: int
 ) -> tuple[dict[str, list[float]], float]:
     """Metric -> accuracy of every class, drawn our own way, and the seconds spent in the probes on everything."""
-    train, test = (make_tasks(sizes, seed, split) for sizes, split in ((train_sizes, "train"), (test_sizes, "test")))
+    train, test = (
+        make_tasks(list(torch.arange(sum(sizes)).split(sizes)), seed, split)
+        for sizes, split in ((train_sizes, "train"), (test_sizes, "test"))
+    )
     found, seconds = {}, 0.0
     for who, features_NF in (("llm", llm_ND), ("sae", sae_NF)):
         parts = *features_NF.split([sum(train_sizes), sum(test_sizes)]), train, test
         start = time.monotonic()
         found[metric_name(who, None)] = full_accuracies(*parts, generator_for(seed, "full probe", who)).tolist()
         seconds += time.monotonic() - start
-        sparse = sparse_accuracies(*parts, ks)
-        found |= {metric_name(who, k): accuracy_T.tolist() for k, accuracy_T in sparse.items()}
+        right = sparse_answers(*parts, ks)
+        found |= {metric_name(who, k): right_TM.double().mean(1).tolist() for k, right_TM in right.items()}
     return found, seconds
 
 
@@ -106,9 +108,9 @@ def all_texts(folder: Path, label: str) -> list[str]:
 
 def record(folder: Path, accuracies: dict[str, dict[str, dict[str, float]]], ks: list[int]) -> dict[str, Any]:
     """The result file of these accuracies for the SAE saved in `folder`."""
-    config: RunConfig = resolve(Path("run_0"), EXPERIMENTS)
-    assert set(ks) <= set(config.workload.probing.ks)
-    return sparse_probing_record(config, accuracies, read_json(folder / "cfg.json"), "Unknown")
+    probing = Probing(datasets=tuple(accuracies), ks=tuple(ks))
+    setting = Setting(probing, 42, "none", "float32", 128, "fipo_run_0_layer_0", None, "Unknown")
+    return sparse_probing_record(setting, accuracies, read_json(folder / "cfg.json"))
 
 
 def open_sae(folder: Path) -> SAE:
