@@ -5,7 +5,7 @@ PARITY_VENV := .venv-parity
 OUT ?= run_1
 PARITY ?=
 
-.PHONY: setup run test check parity clean
+.PHONY: setup run test check parity torture fuzz clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,12 @@ check: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(MAKE) test
+
+torture: setup
+	$(VENV)/bin/python benchmarks/torture.py --json build/torture.json
+
+fuzz: setup
+	$(VENV)/bin/python benchmarks/fuzz.py --json build/fuzz.json
 
 # Ours against sae-bench, which has an environment of its own. It brings the newest torchvision, which fits no pinned
 # torch and which it never uses.

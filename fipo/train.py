@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fipo import lsh, objective
 from fipo.activations import build_activation
+from fipo.checkpoint import check_tensors
 from fipo.config import RunConfig
 from fipo.decoding import decode_levels
 from fipo.errors import UserError
@@ -48,7 +49,8 @@ class TrainState:
         return tensors | counters | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave, in place."""
+        """Restore what `state_dict` gave, in place; anything else is refused."""
+        check_tensors(tensors, self._expected(tensors), "checkpoint")
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -61,9 +63,21 @@ class TrainState:
         self.importance.load_state_dict(part("importance."))
         if self.reservoir is not None:
             self.reservoir.load_state_dict(part("reservoir."))
-        self.pairs_P2 = tensors["pairs_P2"].to(self.pairs_P2.device)
+        self.pairs_P2 = tensors["pairs_P2"].to(self.pairs_P2.device, copy=True)
         self.step = int(tensors["step"])
         self.generator.set_state(tensors["generator"].cpu())
+
+    def _expected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors like those that `load_state_dict` takes: Adam has moments once it has stepped, pairs any number."""
+        expected = self.state_dict()
+        if int(tensors.get("step", torch.zeros(1)).sum()):
+            for name, parameter in self.sae.named_parameters():
+                expected |= {f"adam.{name}.{moment}": parameter for moment in ("exp_avg", "exp_avg_sq")}
+                expected[f"adam.{name}.step"] = torch.zeros(())
+        pairs_P2 = tensors.get("pairs_P2", self.pairs_P2)
+        if pairs_P2.dim() == 2 and not ((pairs_P2 < 0) | (pairs_P2 >= self.sae.latents)).any():
+            expected["pairs_P2"] = pairs_P2.new_zeros(pairs_P2.shape[0], 2, dtype=torch.int64)
+        return expected
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from fipo.checkpoint import save_tensors
 from fipo.compare import report
 from fipo.errors import UserError
 
+EVALUATED = {"dataset_names": ["a"], "k_values": [1]}
+
 
 def finished(folder, run, seed, fvu):
     metrics = {"llm": {}, "sae": {}}
@@ -17,10 +19,12 @@ def finished(folder, run, seed, fvu):
         metrics["sae"][f"sae_top_{k}_test_accuracy"] = 0.7 if k == 1 else None
     layer = {
         **{"held_out_fvu": fvu, "held_out_l0": 32.0, "dead_share": 0.01, "mean_max_cosine": 0.25},
+        **{"layer": 3, "dict_size": 64, "training_steps": 40, "eval_config": EVALUATED},
         "eval_result_metrics": metrics,
+        "eval_result_details": [{"dataset_name": "a_results", **metrics["llm"], **metrics["sae"]}],
     }
     info = {"run": run, "seed": seed, "workload": "minilm", "layers": {"3": layer}, "git_revision": "abc"}
-    info |= {"versions": {"torch": "2.13.0"}, "hardware": {"cpu": "some"}}
+    info |= {"eval_config": EVALUATED, "versions": {"torch": "2.13.0"}, "hardware": {"cpu": "some"}}
     folder.mkdir()
     (folder / "final_info.json").write_text(json.dumps(info))
     return folder

@@ -116,6 +116,7 @@ def test_wrong_type_is_named(key, value):
         ("aux_weight", -0.1),
         ("log_every", 0),
         ("checkpoint_every", 0),
+        ("checkpoint_share", 0.0),
         ("workload.layers", []),
         ("workload.layers", [-1]),
         ("workload.layers", [2, 2]),
