@@ -5,7 +5,7 @@
 Statistically the model of `sae_lens.synthetic` (its parameters for 16,384 features are the defaults here):
 
 - feature r of the Zipf order fires with p_r ∝ r^-e, rescaled to [p_min, p_max];
-- features correlate through a Gaussian copula: r fires where  z_R·factor_r + noise > Φ⁻¹(1 - p_r),  z shared by a token;
+- features correlate through a Gaussian copula: r fires where z_R·factor_r + noise > Φ⁻¹(1 - p_r), one z a token;
 - a fired feature has the value relu(N(mean_r, std_r));
 - the first features form trees: a child fires only with its parent, of its siblings only one fires, and its value is
   multiplied by the parent's over the parent's mean. Chances of children are raised so that they keep about p_r.

@@ -12,7 +12,7 @@ from fipo import recovery as measures
 from fipo.activations import ReLU, TopK
 from fipo.config import RunConfig
 from fipo.randomness import generator_for
-from fipo.recovery import absorbed, absolute_cosines, composite, latent_of_feature, recovery
+from fipo.recovery import absolute_cosines, absorbed, composite, latent_of_feature, recovery
 from fipo.sae import SAE
 from fipo.synthetic import Sample, SyntheticModel, Truth, build
 
@@ -156,6 +156,8 @@ def test_measuring_twice_gives_the_same_and_changes_nothing():
     state = toys.fresh(config, width=16)
     state.sae.train()
     before = {name: value.clone() for name, value in state.state_dict().items()}
-    assert judge(state.sae, model, 500) == judge(state.sae, model, 500) and state.sae.training
+    found = judge(state.sae, model, 500)
+    assert found == judge(state.sae, model, 500) and state.sae.training
+    assert found == judge(state.sae.eval(), model, 500) and not state.sae.training
     after = state.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
