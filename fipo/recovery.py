@@ -66,11 +66,11 @@ def recovery(sae: SAE, samples: Sequence[Sample], features_GD: Tensor, parent_G:
     found = quality(sae, (sample.acts_BD for sample in samples))
     cos_FG = absolute_cosines(sae.dec_FD, features_GD)
     closest_F = cos_FG.argmax(1)
-    counts_3F = torch.zeros(3, sae.latents, dtype=torch.int64)
+    counts_3F = torch.zeros(3, sae.latents, dtype=torch.int64, device=cos_FG.device)
     together = silent = 0
     latent_G = latent_of_feature(cos_FG)
-    for acts_BD, values_BG in samples:
-        fires_BF, truth_BG = sae.encode(acts_BD) > 0, values_BG > 0
+    for sample in samples:
+        fires_BF, truth_BG = sae.encode(sample.acts_BD) > 0, sample.values_BG > 0
         counts_3F += detections(fires_BF, truth_BG[:, closest_F])
         pairs, missed = absorbed(fires_BF, truth_BG, latent_G, parent_G)
         together, silent = together + pairs, silent + missed

@@ -15,7 +15,7 @@ draws, and the dictionary is orthogonalised through VᵀV, at O(G D²) a step in
 
 Truth and data have generators of their own, and neither may be the SAE's: an SAE that draws the numbers of the truth
 starts at the solution. Shapes: B tokens, G true features, D width, R rank of the correlation, K children a parent,
-T features without a parent, N features that fired in a batch.
+T features without a parent, N (token, feature) pairs that fired in a batch.
 """
 
 import math
@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from fipo.decoding import decode
 from fipo.records import require
 
 
@@ -82,12 +82,25 @@ class Truth:
 
 
 class Sample(NamedTuple):
-    """Tokens with what they are made of."""
+    """Tokens with what they are made of: value_N times feature_N at token_N."""
 
     acts_BD: Tensor
     """Activations."""
-    values_BG: Tensor
-    """Values of the true features; 0 where one did not fire."""
+    token_N: Tensor
+    """Token of every feature that fired."""
+    feature_N: Tensor
+    """Its number."""
+    value_N: Tensor
+    """Its value, positive but for the rarest chance of 0."""
+    features: int
+    """G."""
+
+    @property
+    def values_BG(self) -> Tensor:
+        """Values of all true features; 0 where one did not fire."""
+        values_BG = torch.zeros(len(self.acts_BD), self.features, device=self.acts_BD.device)
+        values_BG[self.token_N, self.feature_N] = self.value_N
+        return values_BG
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,10 @@ class SyntheticModel:
         """The whole model as named tensors, for `fipo.checkpoint.save_tensors`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def to(self, device: str) -> "SyntheticModel":
+        """The same model on another device; its generators must be of that device."""
+        return SyntheticModel(**{name: tensor.to(device) for name, tensor in self.state_dict().items()})
+
     @torch.no_grad()
     def sample(self, tokens: int, generator: torch.Generator) -> Sample:
         """`tokens` tokens; the same generator state gives the same ones."""
@@ -128,7 +145,6 @@ class SyntheticModel:
         threshold_G = math.sqrt(2) * torch.erfinv(1 - 2 * self.chance_G)
         own_G = (1 - self.factor_GR.pow(2).sum(1)).sqrt()
         shared_BR = torch.randn(tokens, rank, generator=generator, device=device)
-        values_BG = torch.zeros(tokens, features, device=device)
 
         def value_of(feature: Tensor) -> Tensor:
             noise = torch.randn(feature.shape, generator=generator, device=device)
@@ -139,9 +155,9 @@ class SyntheticModel:
         latent_BT = torch.addmm(noise_BT * own_G[top_T], shared_BR, self.factor_GR[top_T].T)
         token_N, place_N = (latent_BT > threshold_G[top_T]).nonzero(as_tuple=True)
         feature_N = top_T[place_N]
-        value_N = value_of(feature_N)
-        while token_N.numel():
-            values_BG[token_N, feature_N] = value_N
+        fired = [(token_N, feature_N, value_of(feature_N))]
+        while fired[-1][0].numel():
+            token_N, feature_N, value_N = fired[-1]
             parent_N = ((self.children_GK[feature_N, 0] >= 0) & (value_N > 0)).nonzero().squeeze(1)
             token_N, feature_N = token_N[parent_N], feature_N[parent_N]
             growth_N = value_N[parent_N] / self.mean_G[feature_N]
@@ -153,11 +169,15 @@ class SyntheticModel:
             on_NK = real_NK & (latent_NK + own_G[child_NK] * noise_NK > threshold_G[child_NK]) & (value_NK > 0)
             lot_NK = torch.rand(child_NK.shape, generator=generator, device=device)
             winner_N1 = lot_NK.masked_fill(~on_NK, -1).argmax(1, keepdim=True)
-            fired_N = on_NK.any(1)
-            token_N = token_N[fired_N]
-            feature_N = child_NK.gather(1, winner_N1).squeeze(1)[fired_N]
-            value_N = (value_NK.gather(1, winner_N1).squeeze(1) * growth_N)[fired_N]
-        return Sample(decode(values_BG, self.features_GD, sparse=True) + self.bias_D, values_BG)
+            born_N = on_NK.any(1).nonzero().squeeze(1)
+            child_N, value_N = (part_NK.gather(1, winner_N1)[born_N, 0] for part_NK in (child_NK, value_NK))
+            fired.append((token_N[born_N], child_N, value_N * growth_N[born_N]))
+        token_N, feature_N, value_N = map(torch.cat, zip(*fired, strict=True))
+        token_N, order_N = token_N.sort()
+        feature_N, value_N = feature_N[order_N], value_N[order_N]
+        starts_B = torch.searchsorted(token_N, torch.arange(tokens, device=device))
+        acts_BD = embedding_bag(feature_N, self.features_GD, starts_B, mode="sum", per_sample_weights=value_N)
+        return Sample(acts_BD + self.bias_D, token_N, feature_N, value_N, features)
 
     def batches(self, tokens: int, batch: int, generator: torch.Generator) -> Iterator[Sample]:
         """Samples of `batch` tokens, `tokens` in all."""

@@ -69,8 +69,12 @@ def test_measures_equal_those_of_saelens():
     sae = SAE(*case["enc_DF"].shape, ReLU(), generator=toys.seeded())
     for name in ("enc_DF", "enc_bias_F", "dec_FD", "dec_bias_D"):
         getattr(sae, name).data = case[name]
-    sample = Sample(case["values_BG"] @ case["features_GD"] + case["bias_D"], case["values_BG"])
-    halves = [Sample(sample.acts_BD[part], sample.values_BG[part]) for part in (slice(0, 20), slice(20, None))]
+    halves = []
+    for part in (slice(0, 20), slice(20, None)):
+        values_BG = case["values_BG"][part]
+        pairs = values_BG.nonzero(as_tuple=True)
+        acts_BD = values_BG @ case["features_GD"] + case["bias_D"]
+        halves.append(Sample(acts_BD, *pairs, values_BG[pairs], values_BG.shape[1]))
     found = recovery(sae, halves, case["features_GD"], torch.full((case["values_BG"].shape[1],), -1))
     expected = REFERENCE["evaluation"]["result"]
     assert found.dead_share * sae.latents == pytest.approx(expected["dead_latents"]) and expected["dead_latents"] > 0
