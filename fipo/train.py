@@ -155,13 +155,15 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
         terms, x_hat_BD = loss_terms(state, x_BD, pre_BF, codes_BF, frozen)
     state.optimizer.zero_grad()
     terms.total.backward()
-    sae.project_decoder_gradient()
+    unit_rows = not config.frozen_decoder and not (frozen and config.levels and config.levels.free_norms)
+    if unit_rows:
+        sae.project_decoder_gradient()
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
     check_finite(state, terms, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
     state.optimizer.step()
-    if not config.frozen_decoder:
+    if unit_rows:
         sae.normalise_decoder()
     with torch.no_grad():
         state.importance.commit()
@@ -198,6 +200,9 @@ def loss_terms(state: TrainState, x_BD: Tensor, pre_BF: Tensor, codes_BF: Tensor
     if config.penalty is not None:
         orthogonality = config.penalty.weight * share * decoder_penalty(state, config.penalty)
     reconstruction = torch.stack([objective.squared_error(x_BD, level_BD) for level_BD in levels]).mean()
+    if config.levels is not None and config.levels.plain > 0 and not frozen:
+        plain_BD = parts_BMD.sum(1) + sae.dec_bias_D
+        reconstruction = torch.lerp(reconstruction, objective.squared_error(x_BD, plain_BD), config.levels.plain)
     return Terms(reconstruction, sparsity, auxiliary, orthogonality), x_hat_BD
 
 
@@ -228,7 +233,11 @@ def latent_levels(state: TrainState) -> Tensor:
     rank_F = torch.arange(latents, device=device)
     if settings.order == "importance":
         rank_F[state.importance.values().argsort(descending=True, stable=True)] = rank_F.clone()
-    ends = torch.tensor([max(1, round(share * latents)) for share in settings.shares], device=device)
+    shares_M = torch.tensor(settings.shares, dtype=torch.float64)
+    if settings.random:
+        drawn = torch.rand(len(shares_M) - 1, generator=state.generator, device=state.generator.device).cpu()
+        shares_M[:-1] = shares_M[0].pow(drawn).sort().values
+    ends = (shares_M * latents).round().long().clamp_min(1).to(device)
     return torch.searchsorted(ends, rank_F, right=True)
 
 

@@ -165,6 +165,8 @@ def test_wrong_type_is_named(key, value):
         ("levels.shares", [0.0, 1.0]),
         ("levels.stop_gradient", 1.1),
         ("levels.stop_gradient", -0.1),
+        ("levels.plain", 1.1),
+        ("levels.plain", -0.1),
         ("levels.decoder_only", 1.0),
         ("levels.decoder_only", -0.1),
         ("optimiser.warmup", 1.1),
