@@ -4,6 +4,7 @@ import pytest
 import torch
 from toys import seeded
 
+from fipo import pooling
 from fipo.data.harvest import Chunk
 from fipo.errors import UserError
 from fipo.pooling import FeatureMap, numbers_or_read, pool, pool_or_read
@@ -40,6 +41,17 @@ def test_means_by_brute_force(size):
         mine = acts_NLD[owner_N == text]
         torch.testing.assert_close(llm_ND[text], mine[:, 1].mean(0))
         torch.testing.assert_close(sae_NF[text], maps()[1].encode(mine[:, 0]).mean(0))
+
+
+def test_wide_codes_are_made_in_pieces_that_fit_the_cache(monkeypatch):
+    seen = []
+    acts_NLD, owner_N = torch.randn(150, 1, 4, generator=seeded(3)), torch.arange(150) // 50
+    wide = FeatureMap(0, 9, lambda acts_BD: seen.append(len(acts_BD)) or acts_BD.repeat(1, 3)[:, :9], ("sae",))
+    (whole_NF,) = pool([Chunk(acts_NLD, owner_N)], 3, [wide], (0,))
+    monkeypatch.setattr(pooling, "CODES_IN_CACHE", 9 * 64)
+    (pieces_NF,) = pool([Chunk(acts_NLD, owner_N)], 3, [wide], (0,))
+    assert seen == [150, 64, 64, 22]
+    torch.testing.assert_close(pieces_NF, whole_NF)
 
 
 def test_bfloat16_rounds_the_sum_and_the_mean():
