@@ -54,7 +54,7 @@ class LSH:
     tables: int = 16
     """T, hash tables."""
     bits: int = 5
-    """S, sign bits a table; 2^S buckets."""
+    """S, sign bits a table; 2^S buckets. 0, with one table and a capacity of F, compares all pairs."""
     capacity: int = 128
     """C, latents of highest importance that a bucket keeps."""
     min_cosine: float = 0.2
@@ -68,7 +68,7 @@ class LSH:
 
     def __post_init__(self) -> None:
         require(self.tables > 0, "lsh.tables", self.tables, "a positive number of tables")
-        require(0 < self.bits <= 24, "lsh.bits", self.bits, "1 to 24 bits")
+        require(0 <= self.bits <= 24, "lsh.bits", self.bits, "0 to 24 bits")
         require(self.capacity > 1, "lsh.capacity", self.capacity, "room for at least one pair")
         require(0 <= self.min_cosine < 1, "lsh.min_cosine", self.min_cosine, "a cosine from 0 to below 1")
         require(self.partners is None or self.partners > 0, "lsh.partners", self.partners, "a positive number or null")
@@ -77,8 +77,10 @@ class LSH:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Penalty:
-    """Ω, importance-weighted orthogonality (METHOD section 4)."""
+    """Ω, importance-weighted orthogonality (METHOD section 4), or a rival's."""
 
+    kind: Literal["prioritised", "ortsae"] = "prioritised"
+    """Ω over the pairs that LSH finds, or OrtSAE's: every row's largest cosine in a random chunk of the dictionary."""
     weight: float = 0.3
     """λ_o."""
     estimator: Literal["max", "sum", "unbiased"] = "max"
@@ -87,10 +89,13 @@ class Penalty:
     """Who moves: only the less important of a pair, or both."""
     margin: float = 0.0
     """Cosine that costs nothing."""
+    chunk: int = 8192
+    """Rows a chunk of ortsae, drawn anew at each step."""
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "penalty.weight", self.weight, "zero or more")
         require(0 <= self.margin < 1, "penalty.margin", self.margin, "a cosine from 0 to below 1")
+        require(self.chunk > 1, "penalty.chunk", self.chunk, "at least 2 rows")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,8 +106,14 @@ class Levels:
     """By index (Matryoshka) or by σ, largest first."""
     shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
     """Share of the dictionary in the first m levels; increasing, the last one is 1."""
+    random: bool = False
+    """Draw the inner shares anew at each step, log-uniformly from the first one to 1, so that no cut is special."""
     stop_gradient: float = 0.5
     """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
+    plain: float = 0.0
+    """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
+    free_norms: bool = False
+    """Let decoder rows change length in the last phase, so that each latent's gain is learned with its direction."""
     decoder_only: float = 0.25
     """Share of the steps, the last ones, in which the encoder is frozen and the decoder alone learns, unlevelled."""
 
@@ -110,6 +121,7 @@ class Levels:
         rising = all(a < b for a, b in zip((0.0, *self.shares), self.shares, strict=False))
         require(rising and self.shares[-1:] == (1.0,), "levels.shares", self.shares, "rising shares that end in 1.0")
         require(0 <= self.stop_gradient <= 1, "levels.stop_gradient", self.stop_gradient, "a strength from 0 to 1")
+        require(0 <= self.plain <= 1, "levels.plain", self.plain, "a weight from 0 to 1")
         require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
 
 

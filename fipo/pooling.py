@@ -11,6 +11,7 @@ Shapes: N texts, B tokens of a chunk, L layers, D model width, F features.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -108,16 +109,10 @@ def pool_or_read(
     precision: Precision = "float32",
 ) -> list[Tensor]:
     """`pool`, where the cache does not hold it yet; `key` names the tokens. What is damaged is pooled again."""
-    places = [
-        cache_root() / "pooled" / f"{sha256_json([key, one.layer, *one.key, precision])[:32]}.safetensors"
-        for one in maps
-    ]
+    keys = [[key, one.layer, *one.key, precision] for one in maps]
     found: list[Tensor | None] = []
-    for one, place in zip(maps, places, strict=True):
-        try:
-            pooled_NF = load_tensors(place)["pooled_NF"] if one.keep and place.is_file() else None
-        except (UserError, KeyError):
-            pooled_NF = None
+    for one, name in zip(maps, keys, strict=True):
+        pooled_NF = read_kept(name) if one.keep else None
         found.append(pooled_NF if pooled_NF is not None and pooled_NF.shape == (texts, one.width) else None)
     missing = [number for number, pooled_NF in enumerate(found) if pooled_NF is None]
     if missing:
@@ -125,13 +120,30 @@ def pool_or_read(
         for number, pooled_NF in zip(missing, made, strict=True):
             found[number] = pooled_NF
             if maps[number].keep:
-                save_tensors(places[number], {"pooled_NF": pooled_NF})
+                keep(keys[number], pooled_NF)
     return [pooled_NF for pooled_NF in found if pooled_NF is not None]
+
+
+def read_kept(key: Any) -> Tensor | None:
+    """What `keep` wrote under this key; None where there is nothing, or nothing whole."""
+    try:
+        return load_tensors(_place(key, "safetensors"))["kept"] if _place(key, "safetensors").is_file() else None
+    except (UserError, KeyError):
+        return None
+
+
+def keep(key: Any, tensor: Tensor) -> None:
+    """Keep a tensor in the cache under a key of plain values that names all it depends on."""
+    save_tensors(_place(key, "safetensors"), {"kept": tensor})
+
+
+def _place(key: Any, ending: str) -> Path:
+    return cache_root() / "pooled" / f"{sha256_json(key)[:32]}.{ending}"
 
 
 def numbers_or_read(key: Any, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """A few numbers that take the model to find, kept beside the pooled texts under their key."""
-    place = cache_root() / "pooled" / f"{sha256_json(key)[:32]}.json"
+    place = _place(key, "json")
     try:
         return {name: float(value) for name, value in read_json(place).items()}
     except (UserError, AttributeError, TypeError, ValueError):

@@ -11,13 +11,16 @@ and b, with `lower_vram_usage` c: the same SAE then meets other texts. Our defau
 generator of its own; this mode is for checking one against the other. Shapes: N texts, F features, K chosen ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fipo.probing import Tasks, fit_logistic, full_accuracies, mean_difference, one_vs_rest
 from fipo.saebench import metric_name
+
+Fit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Rows [T, M, K] and labels [T, M] -> weights [T, K] and intercepts [T], as `fit_logistic`."""
 
 
 def replay(
@@ -30,14 +33,16 @@ def replay(
     *,
     cached: bool = False,
     lower_vram: bool = False,
+    fit: Fit = fit_logistic,
 ) -> dict[str, list[float]]:
     """Metric -> accuracy of every class, for one dataset, in SAEBench's order of metrics.
 
     Rows of the pooled features are texts: training texts class by class, then test texts class by class. `generator`:
     one for all datasets of an SAE, seeded by the seed alone, `torch.Generator().manual_seed(seed)`. What is skipped
-    (the model's metrics where `cached`, `sae_test_accuracy` where `lower_vram`) is not in the result.
+    (the model's metrics where `cached`, `sae_test_accuracy` where `lower_vram`) is not in the result. `fit`: the
+    logistic regression; SAEBench's, scikit-learn's, stops a little short of the optimum.
     """
-    drawn = _Stream(list(train_sizes), list(test_sizes), generator)
+    drawn = _Stream(list(train_sizes), list(test_sizes), generator, fit)
     llm, sae = {}, {}
     if not cached:
         llm = {metric_name("llm", k): drawn.accuracies(llm_ND, k) for k in (None, *ks)}
@@ -50,8 +55,8 @@ def replay(
 class _Stream:
     """The probes of one dataset, drawn one after another from one generator."""
 
-    def __init__(self, train_sizes: list[int], test_sizes: list[int], generator: torch.Generator) -> None:
-        self.train_sizes, self.test_sizes, self.generator = train_sizes, test_sizes, generator
+    def __init__(self, train_sizes: list[int], test_sizes: list[int], generator: torch.Generator, fit: Fit) -> None:
+        self.train_sizes, self.test_sizes, self.generator, self.fit = train_sizes, test_sizes, generator, fit
 
     def accuracies(self, features_NF: Tensor, k: int | None) -> list[float]:
         """Test accuracy of the probe on k features (None: on all) for every class in turn."""
@@ -67,8 +72,8 @@ class _Stream:
             return full_accuracies(train_NF, test_NF, train, test, self.generator).item()
         chosen_K = top_latents(train_NF, train, k)[0]
         x_MK, rows_M = train_NF[:, chosen_K][train.rows_TM[0]], test.rows_TM[0]
-        weights_TK, intercept_T = fit_logistic(x_MK[None], train.labels_TM)
-        logits_M = test_NF[:, chosen_K][rows_M].double() @ weights_TK[0] + intercept_T
+        weights_TK, intercept_T = self.fit(x_MK[None], train.labels_TM)
+        logits_M = test_NF[:, chosen_K][rows_M].double() @ weights_TK[0].double() + intercept_T
         return ((logits_M > 0) == (test.labels_TM[0] > 0)).double().mean().item()
 
 

@@ -16,6 +16,7 @@ from fipo.config import RunConfig
 from fipo.decoding import decode_levels
 from fipo.errors import UserError
 from fipo.importance import ImportanceEMA
+from fipo.method import Penalty
 from fipo.objective import Terms
 from fipo.randomness import generator_for
 from fipo.reservoir import PriorityReservoir
@@ -110,6 +111,7 @@ def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, dev
     sae.mean_D.copy_(mean_D)
     sae.scale.fill_(scale)
     sae.to(device)
+    sae.dec_FD.requires_grad_(not config.frozen_decoder)
     optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, betas=config.optimiser.betas, fused=True)
     settings = config.importance
     importance = ImportanceEMA(
@@ -167,13 +169,16 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
         terms, x_hat_BD = loss_terms(state, x_BD, pre_BF, codes_BF, frozen)
     state.optimizer.zero_grad()
     terms.total.backward()
-    sae.project_decoder_gradient()
+    unit_rows = not config.frozen_decoder and not (frozen and config.levels and config.levels.free_norms)
+    if unit_rows:
+        sae.project_decoder_gradient()
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
     check_finite(state, terms, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
     state.optimizer.step()
-    sae.normalise_decoder()
+    if unit_rows:
+        sae.normalise_decoder()
     with torch.no_grad():
         state.importance.commit()
         sae.activation.observe(codes_BF)
@@ -206,23 +211,32 @@ def loss_terms(state: TrainState, x_BD: Tensor, pre_BF: Tensor, codes_BF: Tensor
         auxiliary = config.aux_weight * objective.auxiliary(
             x_BD - x_hat_BD, pre_BF, dead_F, sae.dec_FD, max(1, sae.d_in // 2)
         )
-    if config.penalty is not None and config.lsh is not None:
-        tables, bits = config.lsh.tables, config.lsh.bits
-        orthogonality = (
-            config.penalty.weight
-            * share
-            * objective.orthogonality(
-                sae.dec_FD,
-                state.importance.values(),
-                state.pairs_P2,
-                estimator=config.penalty.estimator,
-                yields=config.penalty.yields,
-                margin=config.penalty.margin,
-                probability=lambda cos: lsh.collision_probability(cos, tables, bits),
-            )
-        )
+    if config.penalty is not None:
+        orthogonality = config.penalty.weight * share * decoder_penalty(state, config.penalty)
     reconstruction = torch.stack([objective.squared_error(x_BD, level_BD) for level_BD in levels]).mean()
+    if config.levels is not None and config.levels.plain > 0 and not frozen:
+        plain_BD = parts_BMD.sum(1) + sae.dec_bias_D
+        reconstruction = torch.lerp(reconstruction, objective.squared_error(x_BD, plain_BD), config.levels.plain)
     return Terms(reconstruction, sparsity, auxiliary, orthogonality), x_hat_BD
+
+
+def decoder_penalty(state: TrainState, penalty: Penalty) -> Tensor:
+    """Ω, or a rival's penalty, of the decoder rows; unweighted."""
+    dec_FD = state.sae.dec_FD
+    if penalty.kind == "ortsae":
+        order_F = torch.randperm(len(dec_FD), generator=state.generator, device=state.generator.device)
+        return objective.chunked_orthogonality(dec_FD, order_F, penalty.chunk)
+    settings = state.config.lsh
+    assert settings is not None
+    return objective.orthogonality(
+        dec_FD,
+        state.importance.values(),
+        state.pairs_P2,
+        estimator=penalty.estimator,
+        yields=penalty.yields,
+        margin=penalty.margin,
+        probability=lambda cos: lsh.collision_probability(cos, settings.tables, settings.bits),
+    )
 
 
 def latent_levels(state: TrainState) -> Tensor:
@@ -233,7 +247,11 @@ def latent_levels(state: TrainState) -> Tensor:
     rank_F = torch.arange(latents, device=device)
     if settings.order == "importance":
         rank_F[state.importance.values().argsort(descending=True, stable=True)] = rank_F.clone()
-    ends = torch.tensor([max(1, round(share * latents)) for share in settings.shares], device=device)
+    shares_M = torch.tensor(settings.shares, dtype=torch.float64)
+    if settings.random:
+        drawn = torch.rand(len(shares_M) - 1, generator=state.generator, device=state.generator.device).cpu()
+        shares_M[:-1] = shares_M[0].pow(drawn).sort().values
+    ends = (shares_M * latents).round().long().clamp_min(1).to(device)
     return torch.searchsorted(ends, rank_F, right=True)
 
 

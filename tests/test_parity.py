@@ -76,7 +76,7 @@ def test_chosen_latents_and_the_accuracy_on_them(pooled, name, who):
 @pytest.mark.parametrize("mode", ["fresh", "cached", "cached_lower_vram"])
 def test_whole_datasets_on_one_stream(pooled, mode):
     rows = list(check.check_whole(FIXTURE["job"], pooled, FIXTURE["whole"][mode], mode))
-    assert len(rows) == 2 and not failures(rows)
+    assert len(rows) == 4 and not failures(rows)
 
 
 def test_the_modes_draw_different_sets():

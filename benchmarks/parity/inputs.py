@@ -122,6 +122,17 @@ def _write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{name}.parquet")
 
 
+def planted_codes(texts: int, latents: int, seed: int) -> tuple[Tensor, list[int]]:
+    """Sparse codes [N, F] of texts and their labels, which a few latents tell in part; a latent in five is dead."""
+    generator = torch.Generator().manual_seed(seed)
+    labels_N = torch.randperm(texts, generator=generator) % 2
+    on_NF = torch.randint(0, 10, (texts, latents), generator=generator) < 3
+    on_NF[:, :6] |= (labels_N == 1)[:, None] & (torch.randint(0, 3, (texts, 6), generator=generator) == 0)
+    codes_NF = torch.randint(1, 4096, (texts, latents), generator=generator) / 1024 * on_NF
+    codes_NF[:, 4::5] = 0
+    return codes_NF, labels_N.tolist()
+
+
 def planted_sae(width: int, latents: int, seed: int) -> SAE:
     """A ReLU SAE whose weights are drawn as integers; about a third of its latents are on at a token."""
     sae = SAE(width, latents, ReLU(), generator=torch.Generator())

@@ -136,6 +136,28 @@ def whole_datasets(folder: Path, sae, job: dict, mode: str) -> dict:
     return found
 
 
+def sae_probes_suite(folder: Path, job: dict) -> dict:
+    """sae-probes itself: its datasets, its split, and its scores on given codes."""
+    from sae_probes.run_sae_evals import get_sorted_indices, mean_act_normalization
+    from sae_probes.utils_data import get_dataset_sizes, get_train_test_indices, get_yvals, read_numbered_dataset_df
+    from sae_probes.utils_training import find_best_reg
+
+    datasets = {
+        name: digest([read_numbered_dataset_df(name)["prompt"].tolist(), get_yvals(name).tolist()])[:16]
+        for name in get_dataset_sizes()
+    }
+    codes_NF, y = load_file(folder / "suite.safetensors")["codes_NF"], torch.tensor(job["suite"]["labels"])
+    num_train = min(len(y) - 100, 1024)
+    train, test = get_train_test_indices(y.numpy(), num_train, len(y) - num_train - 1, 0.5, 42)
+    order = get_sorted_indices(codes_NF[train], y[train], mean_act_normalization)
+    scores = {}
+    for k in job["suite"]["ks"]:
+        parts = codes_NF[train][:, order[:k]], y[train], codes_NF[test][:, order[:k]], y[test]
+        metrics = find_best_reg(*parts, penalty="l1", seed=42).metrics
+        scores[k] = {**asdict(metrics), "latents": order[:k].tolist()}
+    return {"datasets": datasets, "train": train.tolist(), "test": test.tolist(), "scores": scores}
+
+
 def schema(folder: Path) -> dict:
     """Whether our record validates, and the order of keys in one that SAEBench's classes build of the same values."""
     text = (folder / "record.json").read_text()
@@ -168,6 +190,8 @@ def run(folder: Path) -> None:
             tensors[f"{name}/{who}"] = torch.cat([*train.values(), *test.values()])
     result["whole"] = {mode: whole_datasets(folder, sae, job, mode) for mode in job["modes"]}
     result["schema"] = schema(folder)
+    if "suite" in job:
+        result["suite"] = sae_probes_suite(folder, job)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "reference.safetensors")
     (folder / "reference.json").write_text(json.dumps(result))
 
