@@ -73,6 +73,8 @@ class TrainState:
         expected = self.state_dict()
         if int(tensors.get("step", torch.zeros(1)).sum()):
             for name, parameter in self.sae.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 expected |= {f"adam.{name}.{moment}": parameter for moment in ("exp_avg", "exp_avg_sq")}
                 expected[f"adam.{name}.step"] = torch.zeros(())
         pairs_P2 = tensors.get("pairs_P2", self.pairs_P2)
