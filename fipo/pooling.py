@@ -10,6 +10,7 @@ tokens: those add to the sum of the channels but not to the count, and not at al
 Shapes: N texts, B tokens of a chunk, L layers, D model width, F features.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -135,16 +136,25 @@ def pool_or_read(
 
 
 def read_kept(key: Any) -> Tensor | None:
-    """What `keep` wrote under this key; None where there is nothing, or nothing whole."""
+    """What `keep` wrote under this key; None where there is nothing, or not what was written."""
+    place = _place(key, "safetensors")
     try:
-        return load_tensors(_place(key, "safetensors"))["kept"] if _place(key, "safetensors").is_file() else None
-    except (UserError, KeyError):
+        tensors = load_tensors(place) if place.is_file() else {}
+    except UserError:
         return None
+    kept = tensors.get("kept")
+    whole = kept is not None and "sha256" in tensors and tensors["sha256"].equal(_digest(kept))
+    return kept if whole else None
 
 
 def keep(key: Any, tensor: Tensor) -> None:
     """Keep a tensor in the cache under a key of plain values that names all it depends on."""
-    save_tensors(_place(key, "safetensors"), {"kept": tensor})
+    save_tensors(_place(key, "safetensors"), {"kept": tensor, "sha256": _digest(tensor)})
+
+
+def _digest(tensor: Tensor) -> Tensor:
+    content = tensor.contiguous().view(torch.uint8).numpy()
+    return torch.tensor(list(hashlib.sha256(content).digest()), dtype=torch.uint8)
 
 
 def _place(key: Any, ending: str) -> Path:
