@@ -43,6 +43,7 @@ from sae_lens.synthetic import (
 )
 
 from fipo.checkpoint import load_tensors
+from fipo.randomness import generator_for
 from fipo.synthetic import SyntheticModel as Ours
 from fipo.synthetic import from_saelens
 
@@ -194,9 +195,9 @@ def losses() -> dict[str, Any]:
     return {"sparsity": SPARSITY, "tensors": plain(tensors), "classes": found}
 
 
-def judge(folder: Path, truth: Ours, tokens: int, seed: int) -> dict[str, Any]:
-    """SAELens' evaluation of a saved SAE on samples of our truth."""
-    generator = torch.Generator().manual_seed(seed)
+def judge(folder: Path, truth: Ours, tokens: int) -> dict[str, Any]:
+    """SAELens' evaluation of a saved SAE on the tokens on which benchmarks/ground_truth.py evaluates."""
+    generator = generator_for(0, "held out")
     sae = sae_lens.SAE.load_from_disk(str(folder))
 
     class Source:
@@ -222,10 +223,9 @@ def main() -> None:
     parser.add_argument("path", type=Path)
     parser.add_argument("--truth", type=Path)
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=123)
     given = parser.parse_args()
     if given.what == "judge":
-        result = judge(given.path, Ours(**load_tensors(given.truth)), given.tokens, given.seed)
+        result = judge(given.path, Ours(**load_tensors(given.truth)), given.tokens)
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
         return
     warnings.simplefilter("ignore")
