@@ -156,6 +156,8 @@ class RunConfig:
     """Model, layers, text and sizes."""
     architecture: Literal["relu", "topk", "batchtopk", "jumprelu"] = "relu"
     """Activation of the SAE."""
+    frozen_decoder: bool = False
+    """Keep the decoder at its random initialisation: the control that a dictionary worth its training must beat."""
     aux_weight: float = 0.0
     """α of the auxiliary loss by which dead latents learn the residual (Gao et al. 2024); 0 is off."""
     optimiser: Optimiser = dataclasses.field(default_factory=Optimiser)
@@ -186,7 +188,19 @@ class RunConfig:
             "on",
             "importance as well, since queues keep the latents of highest σ",
         )
-        require(self.penalty is None or self.lsh is not None, "penalty", "on", "lsh as well, which finds its pairs")
+        require(
+            self.penalty is None or self.penalty.kind == "ortsae" or self.lsh is not None,
+            "penalty",
+            "on",
+            "lsh as well, which finds its pairs",
+        )
+        moved = [self.reservoir, self.penalty, self.levels if self.levels and self.levels.decoder_only else None]
+        require(
+            not self.frozen_decoder or moved == [None, None, None],
+            "frozen_decoder",
+            self.frozen_decoder,
+            "no reservoir, no penalty and levels.decoder_only 0, which move decoder rows",
+        )
         require(
             self.penalty is None
             or self.lsh is None

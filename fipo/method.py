@@ -54,7 +54,7 @@ class LSH:
     tables: int = 16
     """T, hash tables."""
     bits: int = 5
-    """S, sign bits a table; 2^S buckets."""
+    """S, sign bits a table; 2^S buckets. 0, with one table and a capacity of F, compares all pairs."""
     capacity: int = 128
     """C, latents of highest importance that a bucket keeps."""
     min_cosine: float = 0.2
@@ -68,7 +68,7 @@ class LSH:
 
     def __post_init__(self) -> None:
         require(self.tables > 0, "lsh.tables", self.tables, "a positive number of tables")
-        require(0 < self.bits <= 24, "lsh.bits", self.bits, "1 to 24 bits")
+        require(0 <= self.bits <= 24, "lsh.bits", self.bits, "0 to 24 bits")
         require(self.capacity > 1, "lsh.capacity", self.capacity, "room for at least one pair")
         require(0 <= self.min_cosine < 1, "lsh.min_cosine", self.min_cosine, "a cosine from 0 to below 1")
         require(self.partners is None or self.partners > 0, "lsh.partners", self.partners, "a positive number or null")
@@ -77,8 +77,10 @@ class LSH:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Penalty:
-    """Ω, importance-weighted orthogonality (METHOD section 4)."""
+    """Ω, importance-weighted orthogonality (METHOD section 4), or a rival's."""
 
+    kind: Literal["prioritised", "ortsae"] = "prioritised"
+    """Ω over the pairs that LSH finds, or OrtSAE's: every row's largest cosine in a random chunk of the dictionary."""
     weight: float = 0.3
     """λ_o."""
     estimator: Literal["max", "sum", "unbiased"] = "max"
@@ -87,10 +89,13 @@ class Penalty:
     """Who moves: only the less important of a pair, or both."""
     margin: float = 0.0
     """Cosine that costs nothing."""
+    chunk: int = 8192
+    """Rows a chunk of ortsae, drawn anew at each step."""
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "penalty.weight", self.weight, "zero or more")
         require(0 <= self.margin < 1, "penalty.margin", self.margin, "a cosine from 0 to below 1")
+        require(self.chunk > 1, "penalty.chunk", self.chunk, "at least 2 rows")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

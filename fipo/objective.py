@@ -7,6 +7,7 @@ squared errors are averaged over D, so L_rec is about the share of variance left
 Each `Terms` field is already weighted: the logged terms sum to the optimised loss.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -106,6 +107,23 @@ def orthogonality(
     if estimator == "max":
         return paid_F.scatter_reduce(0, payer_P, cost_P, "amax").mean()
     return paid_F.index_add(0, payer_P, cost_P).mean()
+
+
+def chunked_orthogonality(dec_FD: Tensor, order_F: Tensor, chunk: int) -> Tensor:
+    """The penalty of OrtSAE (Korznikov et al. 2025, arXiv 2509.22033): mean over the rows of the squared largest cosine
+    with another row of the same chunk; both rows of a pair move. `order_F`, a random permutation, is cut into chunks
+    of about equal size, at most `chunk` rows.
+    """
+    unit_FD = _unit(dec_FD)
+    count = math.ceil(len(order_F) / chunk)
+    largest = []
+    for members_N in order_F.tensor_split(count):
+        rows_ND = unit_FD[members_N]
+        with torch.autocast(rows_ND.device.type, enabled=False):
+            cos_NN = rows_ND @ rows_ND.T
+        itself_NN = torch.eye(len(members_N), dtype=torch.bool, device=cos_NN.device)
+        largest.append(cos_NN.masked_fill(itself_NN, 0.0).amax(1))
+    return torch.cat(largest).pow(2).mean()
 
 
 def _unit(rows_FD: Tensor) -> Tensor:

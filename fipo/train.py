@@ -15,6 +15,7 @@ from fipo.config import RunConfig
 from fipo.decoding import decode_levels
 from fipo.errors import UserError
 from fipo.importance import ImportanceEMA
+from fipo.method import Penalty
 from fipo.objective import Terms
 from fipo.randomness import generator_for
 from fipo.reservoir import PriorityReservoir
@@ -96,6 +97,7 @@ def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, dev
     sae.mean_D.copy_(mean_D)
     sae.scale.fill_(scale)
     sae.to(device)
+    sae.dec_FD.requires_grad_(not config.frozen_decoder)
     optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, betas=config.optimiser.betas, fused=True)
     settings = config.importance
     importance = ImportanceEMA(
@@ -159,7 +161,8 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
     state.optimizer.step()
-    sae.normalise_decoder()
+    if not config.frozen_decoder:
+        sae.normalise_decoder()
     with torch.no_grad():
         state.importance.commit()
         sae.activation.observe(codes_BF)
@@ -192,23 +195,29 @@ def loss_terms(state: TrainState, x_BD: Tensor, pre_BF: Tensor, codes_BF: Tensor
         auxiliary = config.aux_weight * objective.auxiliary(
             x_BD - x_hat_BD, pre_BF, dead_F, sae.dec_FD, max(1, sae.d_in // 2)
         )
-    if config.penalty is not None and config.lsh is not None:
-        tables, bits = config.lsh.tables, config.lsh.bits
-        orthogonality = (
-            config.penalty.weight
-            * share
-            * objective.orthogonality(
-                sae.dec_FD,
-                state.importance.values(),
-                state.pairs_P2,
-                estimator=config.penalty.estimator,
-                yields=config.penalty.yields,
-                margin=config.penalty.margin,
-                probability=lambda cos: lsh.collision_probability(cos, tables, bits),
-            )
-        )
+    if config.penalty is not None:
+        orthogonality = config.penalty.weight * share * decoder_penalty(state, config.penalty)
     reconstruction = torch.stack([objective.squared_error(x_BD, level_BD) for level_BD in levels]).mean()
     return Terms(reconstruction, sparsity, auxiliary, orthogonality), x_hat_BD
+
+
+def decoder_penalty(state: TrainState, penalty: Penalty) -> Tensor:
+    """Ω, or a rival's penalty, of the decoder rows; unweighted."""
+    dec_FD = state.sae.dec_FD
+    if penalty.kind == "ortsae":
+        order_F = torch.randperm(len(dec_FD), generator=state.generator, device=state.generator.device)
+        return objective.chunked_orthogonality(dec_FD, order_F, penalty.chunk)
+    settings = state.config.lsh
+    assert settings is not None
+    return objective.orthogonality(
+        dec_FD,
+        state.importance.values(),
+        state.pairs_P2,
+        estimator=penalty.estimator,
+        yields=penalty.yields,
+        margin=penalty.margin,
+        probability=lambda cos: lsh.collision_probability(cos, settings.tables, settings.bits),
+    )
 
 
 def latent_levels(state: TrainState) -> Tensor:

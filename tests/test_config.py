@@ -98,6 +98,8 @@ def test_missing_key_is_named(key):
         ("importance.norm", "l3"),
         ("penalty.estimator", "mean"),
         ("penalty.yields", "neither"),
+        ("penalty.kind", "gram"),
+        ("frozen_decoder", 1),
         ("levels.order", "random"),
         ("levels.shares", [0.5, math.nan]),
         ("lsh.autocast", 0),
@@ -146,7 +148,7 @@ def test_wrong_type_is_named(key, value):
         ("reservoir.revive_every", 0),
         ("reservoir.encoder_scale", 0.0),
         ("lsh.tables", 0),
-        ("lsh.bits", 0),
+        ("lsh.bits", -1),
         ("lsh.bits", 25),
         ("lsh.capacity", 1),
         ("lsh.min_cosine", -0.1),
@@ -156,6 +158,7 @@ def test_wrong_type_is_named(key, value):
         ("penalty.weight", -1.0),
         ("penalty.margin", -0.1),
         ("penalty.margin", 1.0),
+        ("penalty.chunk", 1),
         ("levels.shares", []),
         ("levels.shares", [0.5]),
         ("levels.shares", [0.5, 0.5, 1.0]),
@@ -193,6 +196,27 @@ def test_a_part_that_needs_another_says_so(off, on):
     config = toys.run_config("run_6")
     with pytest.raises(UserError, match=f"{on} is '"):
         dataclasses.replace(config, **off)
+
+
+def test_ortsae_needs_no_lsh_and_omega_does():
+    config = toys.run_config("topk", penalty=fipo.config.Penalty(kind="ortsae"))
+    assert config.lsh is None
+    with pytest.raises(UserError, match="penalty is 'on'; expected lsh as well"):
+        dataclasses.replace(config, penalty=fipo.config.Penalty())
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"reservoir": fipo.config.Reservoir()},
+        {"penalty": fipo.config.Penalty(kind="ortsae")},
+        {"levels": fipo.config.Levels(order="fixed", decoder_only=0.1)},
+    ],
+)
+def test_nothing_may_move_a_frozen_decoder(part):
+    assert toys.run_config("topk", frozen_decoder=True, levels=fipo.config.Levels(order="fixed", decoder_only=0.0))
+    with pytest.raises(UserError, match="frozen_decoder is True; expected no reservoir"):
+        toys.run_config("topk", frozen_decoder=True, **part)
 
 
 def test_unbiased_needs_all_candidates():

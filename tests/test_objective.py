@@ -8,7 +8,14 @@ import toys
 
 from fipo.decoding import decode_levels
 from fipo.lsh import candidate_pairs, collision_probability
-from fipo.objective import Terms, auxiliary, nested_reconstructions, orthogonality, squared_error
+from fipo.objective import (
+    Terms,
+    auxiliary,
+    chunked_orthogonality,
+    nested_reconstructions,
+    orthogonality,
+    squared_error,
+)
 
 ESTIMATORS = ["max", "sum", "unbiased"]
 YIELDS = ["less_important", "both"]
@@ -298,3 +305,37 @@ def test_unbiased_approaches_the_sum_over_all_pairs(yields):
     estimates = torch.stack(estimates)
     error = estimates.std().item() / math.sqrt(len(estimates))
     assert error < 0.01 * truth and abs(estimates.mean().item() - truth) < 4 * error
+
+
+# OrtSAE's penalty
+
+
+@pytest.mark.parametrize("chunk", [3, 5, 100])
+def test_ortsae_is_the_mean_squared_largest_cosine_inside_random_chunks(chunk):
+    order = torch.randperm(LATENTS, generator=toys.seeded(4))
+    unit_FD = rows() / rows().norm(dim=1, keepdim=True)
+    gram = (unit_FD @ unit_FD.T).tolist()
+    count = math.ceil(LATENTS / chunk)
+    sizes = [LATENTS // count + (place < LATENTS % count) for place in range(count)]
+    members, paid = order.tolist(), 0.0
+    for size in sizes:
+        part, members = members[:size], members[size:]
+        paid += sum(max([0.0, *(gram[i][j] for j in part if j != i)]) ** 2 for i in part)
+    assert chunked_orthogonality(rows(), order, chunk).item() == pytest.approx(paid / LATENTS) and paid > 0
+
+
+def test_ortsae_moves_both_rows_of_a_pair_and_has_the_right_gradient():
+    dec_FD = rows(6).requires_grad_()
+    order = torch.arange(6)
+    assert torch.autograd.gradcheck(lambda dec: chunked_orthogonality(dec, order, 3), (dec_FD,))
+    pair = torch.tensor([[1.0, 0.0], [0.6, 0.8]], requires_grad=True)
+    chunked_orthogonality(pair, torch.arange(2), 8).backward()
+    assert pair.grad[0].norm().item() == pytest.approx(pair.grad[1].norm().item()) and pair.grad.any()
+
+
+def test_zero_bits_and_one_table_offer_all_pairs():
+    unit_FD = rows().float() / rows().float().norm(dim=1, keepdim=True)
+    settings = dict(tables=1, bits=0, capacity=LATENTS, min_cosine=0.0, generator=toys.seeded())
+    pairs = candidate_pairs(unit_FD, sigma().float(), **settings).pairs_P2.tolist()
+    gram = unit_FD @ unit_FD.T
+    assert pairs == [pair for pair in all_pairs().tolist() if gram[pair[0], pair[1]] >= 0]

@@ -1,6 +1,8 @@
 """fipo.train and fipo.randomness: the step as a whole. Resume is bitwise, measuring is free, phases hold."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +10,13 @@ import toys
 
 from fipo import objective
 from fipo.checkpoint import load_tensors, save_tensors
-from fipo.config import Levels, Optimiser, RunConfig
+from fipo.config import Levels, Optimiser, Penalty, RunConfig
 from fipo.errors import UserError
 from fipo.metrics import max_cosines, quality
 from fipo.randomness import generator_for
-from fipo.train import TrainState, decoder_only, latent_levels, learning_rate, penalty_share, train_step
+from fipo.train import TrainState, decoder_only, latent_levels, learning_rate, loss_terms, penalty_share, train_step
 
+REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "saelens.json").read_text(encoding="utf-8"))["losses"]
 RUNS = ["run_0", "run_3", "run_6", "jumprelu", "topk"]
 
 
@@ -227,6 +230,80 @@ def test_autocast_is_close_to_float32():
     assert not torch.equal(exact.sae.dec_FD, cast.sae.dec_FD)
     cosines_F = (exact.sae.dec_FD * cast.sae.dec_FD).sum(1)
     assert cosines_F.mean() > 0.99 and cast.sae.dec_FD.dtype == torch.float32
+
+
+# Rivals and controls
+
+
+def with_reference_weights(state: TrainState) -> dict[str, torch.Tensor]:
+    """Load the tensors on which SAELens' losses were computed; returns them."""
+    tensors = {name: torch.tensor(value) for name, value in REFERENCE["tensors"].items()}
+    for name in ("enc_DF", "enc_bias_F", "dec_FD", "dec_bias_D"):
+        getattr(state.sae, name).data.copy_(tensors[name])
+    return tensors
+
+
+@pytest.mark.parametrize("name", ["relu", "topk", "batchtopk", "matryoshka", "jumprelu"])
+def test_loss_and_gradients_equal_those_of_saelens(name):
+    """Its loss sums over D and over the levels where ours averages, and its gradients are ours times D and M.
+
+    The gradient to the encoder of jumprelu is that of the kept codes in both; thresholds are not compared, since
+    SAELens' estimate multiplies the step by the threshold where ours multiplies it by the pre-activation.
+    """
+    expected, levels = REFERENCE["classes"][name], 3 if name == "matryoshka" else 1
+    workload = toys.workload(latents=12, k=3, sparsity_penalty=REFERENCE["sparsity"] / 6)
+    state = toys.fresh(
+        toys.run_config(
+            "run_0",
+            workload=workload,
+            architecture="batchtopk" if name == "matryoshka" else name,
+            levels=Levels(order="fixed", shares=(0.25, 0.5, 1.0), stop_gradient=0.0) if levels > 1 else None,
+            optimiser=Optimiser(autocast=False, penalty_warmup=0.0),
+        ),
+        width=6,
+    )
+    x_BD = with_reference_weights(state)["x_BD"]
+    sae = state.sae.train()
+    pre_BF = sae.pre_codes(x_BD)
+    codes_BF = sae.activation(pre_BF)
+    assert (codes_BF > 0).sum().item() / len(x_BD) == expected["l0"]
+    terms, _ = loss_terms(state, x_BD, pre_BF, codes_BF, frozen=False)
+    scale = 6 * levels
+    reconstruction = sum(value for part, value in expected["losses"].items() if "mse" in part)
+    assert scale * terms.reconstruction.item() == pytest.approx(reconstruction, rel=1e-5)
+    assert scale * terms.total.item() == pytest.approx(expected["loss"], rel=1e-5)
+    terms.total.backward()
+    for parameter, value in expected["gradients"].items():
+        theirs, ours = torch.tensor(value), scale * getattr(sae, parameter).grad
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), parameter
+
+
+def test_ortsae_is_the_penalty_in_force():
+    state = toys.fresh(toys.run_config("topk", penalty=Penalty(kind="ortsae", weight=0.5, chunk=4)))
+    dec_FD = state.sae.dec_FD.detach().clone()
+    order_F = torch.randperm(toys.LATENTS, generator=generator_for(42, "train", 0))
+    expected = 0.5 * penalty_share(state.config, 0) * objective.chunked_orthogonality(dec_FD, order_F, 4)
+    report = train_step(state, toys.activations(1)[0])
+    assert report.terms.orthogonality.item() == pytest.approx(expected.item()) and expected > 0
+    assert not len(state.pairs_P2), "its pairs are not mined"
+
+
+@pytest.mark.parametrize("architecture", ["relu", "batchtopk"])
+def test_a_frozen_decoder_stays_bitwise_and_the_rest_learns(architecture, tmp_path):
+    config = toys.run_config("run_0", architecture=architecture, frozen_decoder=True)
+    state, batches = toys.fresh(config), toys.activations(12)
+    before = snapshot(state)
+    run(state, batches[:7])
+    changed = differing(
+        {name: value for name, value in before.items() if name.startswith("sae.")},
+        {name: value for name, value in snapshot(state).items() if name.startswith("sae.")},
+    )
+    assert "sae.dec_FD" not in changed and {"sae.enc_DF", "sae.enc_bias_F", "sae.dec_bias_D"} <= set(changed)
+    assert torch.equal(before["sae.dec_FD"], snapshot(toys.fresh(replace(config, frozen_decoder=False)))["sae.dec_FD"])
+    save_tensors(tmp_path / "state.safetensors", state.state_dict())
+    resumed = toys.fresh(config)
+    resumed.load_state_dict(load_tensors(tmp_path / "state.safetensors"))
+    assert not differing(snapshot(run(state, batches[7:])), snapshot(run(resumed, batches[7:])))
 
 
 # Schedules

@@ -1,0 +1,199 @@
+"""Which method recovers the features of a known truth? All train in the one trainer, on the same stream of tokens.
+
+    python benchmarks/ground_truth.py --json OUT.json [--methods fipo matryoshka] [--seeds 1 2 3] [--features 4096]
+
+The truth is SynthSAEBench's in our own generator (`fipo.synthetic`), a quarter as many latents as features. Truth, data
+and SAE have streams of chance of their own, and every method of a seed sees the same tokens. Prints one table, mean ±
+standard deviation over the seeds, and writes {"name", "hardware", "versions", "rows", "ratios"}.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fipo.checkpoint import load_tensors, save_tensors
+from fipo.config import LSH, Importance, Levels, Penalty, Probing, RunConfig, Text, Workload
+from fipo.data.prepare import statistics as mean_and_scale
+from fipo.export import save_sae
+from fipo.files import write_json
+from fipo.provenance import hardware, provenance
+from fipo.randomness import generator_for
+from fipo.recovery import Recovery, recovery
+from fipo.synthetic import SyntheticModel, Truth, build
+from fipo.train import TrainState, build_state, train_step
+
+Row = dict[str, Any]
+
+MATRYOSHKA = Levels(order="fixed", stop_gradient=0.0, decoder_only=0.0)
+OMEGA: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty(weight=0.1)}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "relu": {"architecture": "relu", "sparsity": 0.02},
+    "topk": {"architecture": "topk"},
+    "jumprelu": {"architecture": "jumprelu", "sparsity": 0.002},
+    "batchtopk": {},
+    "frozen": {"frozen_decoder": True},
+    "ortsae": {"penalty": Penalty(kind="ortsae", weight=0.1)},
+    "omega": OMEGA,
+    "matryoshka": {"levels": MATRYOSHKA},
+    "fipo": OMEGA | {"levels": Levels()},
+}
+"""What each differs in from BatchTopK. `sparsity` is λ_s, chosen for an L0 near 6 on the model of 1,024 features."""
+
+SHOWN = ("mcc", "f1", "precision", "recall", "explained_variance", "absorption", "composition", "uniqueness")
+SHOWN += ("mean_max_cosine", "dead_share", "l0", "ms_per_step")
+
+
+def config_of(method: dict[str, Any], truth: SyntheticModel, k: int, steps: int, rate: float, seed: int) -> RunConfig:
+    """The run of a method: a quarter as many latents as features, batches of 1,024 tokens."""
+    method = dict(method)
+    latents = len(truth.mean_G) // 4
+    workload = Workload(
+        name="synthetic",
+        model="none",
+        layers=(0,),
+        text=Text(source="none", tokens=1, held_out_tokens=1, packed=True),
+        probing=Probing(datasets=("none",), ks=(1,)),
+        latents=latents,
+        k=k,
+        sparsity_penalty=method.pop("sparsity", 0.0),
+        learning_rate=rate,
+        batch_tokens=1024,
+        train_tokens=1024 * steps,
+        dead_tokens=200_000,
+    )
+    defaults = {"run": "run_x", "seed": seed, "architecture": "batchtopk", "aux_weight": 0.03125, "workload": workload}
+    return RunConfig(**(defaults | method))
+
+
+def train(
+    configs: Sequence[RunConfig], truth: SyntheticModel, device: str = "cpu"
+) -> Iterator[tuple[TrainState, float]]:
+    """Train the runs of one seed in step, on the same tokens; gives every state with its seconds of training."""
+    seed, workload = configs[0].seed, configs[0].workload
+    first_BD = truth.sample(50_000, generator_for(seed, "statistics", device=device)).acts_BD
+    mean_LD, scale_L = mean_and_scale(first_BD[:, None])
+    states = [build_state(config, 0, mean_LD[0], scale_L[0].item(), device) for config in configs]
+    seconds = [0.0] * len(states)
+    generator = generator_for(seed, "data", device=device)
+    for sample in truth.batches(workload.train_tokens, workload.batch_tokens, generator):
+        for place, state in enumerate(states):
+            started = time.process_time()
+            train_step(state, sample.acts_BD)
+            seconds[place] += time.process_time() - started
+    return list(zip(states, seconds, strict=True))
+
+
+def evaluate(state: TrainState, truth: SyntheticModel, tokens: int, device: str = "cpu") -> Recovery:
+    """Recovery on held-out tokens, the same for every seed."""
+    samples = list(truth.batches(tokens, 2000, generator_for(0, "held out", device=device)))
+    return recovery(state.sae, samples, truth.features_GD, truth.parent_G)
+
+
+def run(names: Sequence[str], seed: int, k: int, truth: SyntheticModel, given: argparse.Namespace) -> Iterator[Row]:
+    """The rows of one seed and k."""
+    configs = [config_of(METHODS[name], truth, k, given.steps, given.rate, seed) for name in names]
+    for name, (state, seconds) in zip(names, train(configs, truth, given.device), strict=True):
+        if given.save:
+            beside = {"importance_F": state.importance.values()}
+            folder = given.save / f"{name}_k{k}_seed{seed}"
+            save_sae(folder, state.sae, model="none", layer=0, context=1, dataset="synthetic", beside=beside)
+        scores = evaluate(state, truth, given.tokens, given.device)._asdict()
+        yield {"method": name, "seed": seed, "k": k, **scores, "ms_per_step": 1000 * seconds / given.steps}
+
+
+def table(rows: list[Row]) -> str:
+    """Mean ± standard deviation over the seeds, one line for each method and k."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["k"]), []).append(row)
+    lines = [f"| method | k | seeds | {' | '.join(name.replace('_', ' ') for name in SHOWN)} |"]
+    lines.append("|---" * (3 + len(SHOWN)) + "|")
+    for (name, k), group in groups.items():
+        cells = []
+        for key in SHOWN:
+            values, digits = [row[key] for row in group], 1 if key in ("l0", "ms_per_step") else 3
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.{digits}f}{spread}")
+        lines.append(f"| {name} | {k} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ratios(rows: list[Row], ours: str = "fipo") -> dict[str, float]:
+    """How far ours is ahead of each rival, over all k: differences of F1, MCC and explained variance, each also in
+    standard errors of the difference over seeds; absorption and composition as a share of the rival's."""
+    found: dict[str, float] = {}
+
+    def values(method: str, key: str) -> list[float]:
+        by_seed: dict[int, list[float]] = {}
+        for row in rows:
+            if row["method"] == method:
+                by_seed.setdefault(row["seed"], []).append(row[key])
+        return [statistics.fmean(of) for of in by_seed.values()]
+
+    rivals = {row["method"] for row in rows} & {"batchtopk", "ortsae", "matryoshka"}
+    for rival in sorted(rivals) if values(ours, "f1") else []:
+        for key in ("f1", "mcc", "explained_variance"):
+            own, other = values(ours, key), values(rival, key)
+            ahead = statistics.fmean(own) - statistics.fmean(other)
+            found[f"{key}_ahead_of_{rival}"] = ahead
+            if len(own) > 1 and len(other) > 1:
+                error = (statistics.variance(own) / len(own) + statistics.variance(other) / len(other)) ** 0.5
+                found[f"{key}_ahead_of_{rival}_in_standard_errors"] = ahead / error if error else float("inf")
+        for key in ("absorption", "composition"):
+            other = statistics.fmean(values(rival, key))
+            found[f"{key}_share_of_{rival}"] = statistics.fmean(values(ours, key)) / other if other else float("inf")
+    return found
+
+
+def the_truth(features: int, saved: Path | None) -> SyntheticModel:
+    """The truth of this size: loaded, or built (and saved where a path is given)."""
+    if saved and saved.is_file():
+        return SyntheticModel(**load_tensors(saved))
+    truth = build(Truth(features=features), generator_for(0, "truth"))
+    if saved:
+        save_tensors(saved, truth.state_dict())
+    return truth
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description="Recovery of known features, by method.")
+    parser.add_argument("--json", type=Path, required=True, help="result file")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--features", type=int, default=1024)
+    parser.add_argument("--k", nargs="+", type=int, default=[6], help="active latents a token")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--tokens", type=int, default=20_000, help="tokens to evaluate on")
+    parser.add_argument("--truth", type=Path, help="where the truth is kept between calls")
+    parser.add_argument("--save", type=Path, help="folder for the trained SAEs, in SAELens' format")
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    truth = the_truth(given.features, given.truth).to(given.device)
+    rows = []
+    for k in given.k:
+        for seed in given.seeds:
+            for row in run(given.methods, seed, k, truth, given):
+                rows.append(row)
+                sys.stderr.write(json.dumps(row) + "\n")
+    result = {
+        "name": "ground_truth",
+        "settings": {name: getattr(given, name) for name in ("features", "steps", "rate", "tokens")},
+        "hardware": hardware(given.device),
+        **provenance(),
+        "rows": rows,
+        "ratios": ratios(rows),
+    }
+    write_json(given.json, result)
+    sys.stdout.write(table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
