@@ -1,9 +1,11 @@
 # `make run` and `make test` need Python 3.11, make and the package registry, nothing else.
 PYTHON ?= python3.11
 VENV := .venv
+PARITY_VENV := .venv-parity
 OUT ?= run_1
+PARITY ?=
 
-.PHONY: setup run test check clean
+.PHONY: setup run test check parity torture fuzz clean
 
 setup: $(VENV)/.ready
 
@@ -28,5 +30,23 @@ check: setup
 	$(VENV)/bin/ruff check .
 	$(MAKE) test
 
+torture: setup
+	$(VENV)/bin/python benchmarks/torture.py --json build/torture.json
+
+fuzz: setup
+	$(VENV)/bin/python benchmarks/fuzz.py --json build/fuzz.json
+
+# Ours against sae-bench, which has an environment of its own. It brings the newest torchvision, which fits no pinned
+# torch and which it never uses.
+$(PARITY_VENV)/.ready: requirements/torch.txt requirements/parity.txt
+	$(PYTHON) -m venv $(PARITY_VENV)
+	$(PARITY_VENV)/bin/pip install --quiet -r requirements/torch.txt
+	$(PARITY_VENV)/bin/pip install --quiet -r requirements/torch.txt -r requirements/parity.txt
+	$(PARITY_VENV)/bin/pip uninstall --quiet --yes torchvision
+	touch $@
+
+parity: setup $(PARITY_VENV)/.ready
+	$(VENV)/bin/python -m benchmarks.parity.check --python $(PARITY_VENV)/bin/python $(PARITY)
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PARITY_VENV)

@@ -25,6 +25,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
+    except KeyboardInterrupt as stopped:
+        print(f"{str(stopped) or 'stopped'}; give the same command to go on", file=sys.stderr)
+        return getattr(stopped, "exit_code", 130)
     return 0
 
 

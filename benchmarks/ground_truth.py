@@ -9,6 +9,7 @@ standard deviation over the seeds, and writes {"name", "hardware", "versions", "
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -23,6 +24,7 @@ from fipo.export import save_sae
 from fipo.files import write_json
 from fipo.provenance import hardware, provenance
 from fipo.randomness import generator_for
+from fipo.records import require
 from fipo.recovery import Recovery, recovery
 from fipo.synthetic import SyntheticModel, Truth, build
 from fipo.train import TrainState, build_state, train_step
@@ -104,6 +106,7 @@ def run(names: Sequence[str], seed: int, k: int, truth: SyntheticModel, given: a
             folder = given.save / f"{name}_k{k}_seed{seed}"
             save_sae(folder, state.sae, model="none", layer=0, context=1, dataset="synthetic", beside=beside)
         scores = evaluate(state, truth, given.tokens, given.device)._asdict()
+        scores = {key: None if math.isnan(value) else value for key, value in scores.items()}
         yield {"method": name, "seed": seed, "k": k, **scores, "ms_per_step": 1000 * seconds / given.steps}
 
 
@@ -117,7 +120,11 @@ def table(rows: list[Row]) -> str:
     for (name, k), group in groups.items():
         cells = []
         for key in SHOWN:
-            values, digits = [row[key] for row in group], 1 if key in ("l0", "ms_per_step") else 3
+            values = [row[key] for row in group if row[key] is not None]
+            if not values:
+                cells.append("-")
+                continue
+            digits = 1 if key in ("l0", "ms_per_step") else 3
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):.{digits}f}{spread}")
         lines.append(f"| {name} | {k} | {len(group)} | {' | '.join(cells)} |")
@@ -130,9 +137,10 @@ def ratios(rows: list[Row], ours: str = "fipo") -> dict[str, float]:
     found: dict[str, float] = {}
 
     def values(method: str, key: str) -> list[float]:
+        """One value a seed."""
         by_seed: dict[int, list[float]] = {}
         for row in rows:
-            if row["method"] == method:
+            if row["method"] == method and row[key] is not None:
                 by_seed.setdefault(row["seed"], []).append(row[key])
         return [statistics.fmean(of) for of in by_seed.values()]
 
@@ -140,21 +148,24 @@ def ratios(rows: list[Row], ours: str = "fipo") -> dict[str, float]:
     for rival in sorted(rivals) if values(ours, "f1") else []:
         for key in ("f1", "mcc", "explained_variance"):
             own, other = values(ours, key), values(rival, key)
-            ahead = statistics.fmean(own) - statistics.fmean(other)
-            found[f"{key}_ahead_of_{rival}"] = ahead
+            ahead = found[f"{key}_ahead_of_{rival}"] = statistics.fmean(own) - statistics.fmean(other)
             if len(own) > 1 and len(other) > 1:
                 error = (statistics.variance(own) / len(own) + statistics.variance(other) / len(other)) ** 0.5
-                found[f"{key}_ahead_of_{rival}_in_standard_errors"] = ahead / error if error else float("inf")
+                if error > 0:
+                    found[f"{key}_ahead_of_{rival}_in_standard_errors"] = ahead / error
         for key in ("absorption", "composition"):
-            other = statistics.fmean(values(rival, key))
-            found[f"{key}_share_of_{rival}"] = statistics.fmean(values(ours, key)) / other if other else float("inf")
+            own, other = values(ours, key), values(rival, key)
+            if own and sum(other) > 0:
+                found[f"{key}_share_of_{rival}"] = statistics.fmean(own) / statistics.fmean(other)
     return found
 
 
 def the_truth(features: int, saved: Path | None) -> SyntheticModel:
     """The truth of this size: loaded, or built (and saved where a path is given)."""
     if saved and saved.is_file():
-        return SyntheticModel(**load_tensors(saved))
+        truth = SyntheticModel(**load_tensors(saved))
+        require(len(truth.mean_G) == features, "--features", features, f"the {len(truth.mean_G)} of {saved}")
+        return truth
     truth = build(Truth(features=features), generator_for(0, "truth"))
     if saved:
         save_tensors(saved, truth.state_dict())

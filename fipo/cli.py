@@ -10,6 +10,8 @@ from pathlib import Path
 
 from fipo.errors import EXIT_CODE, UserError
 
+DEFAULT_KS = {"saebench": "1,2,5,10,20,50", "sae-probes": "1,2,5"}
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a subcommand, or say in one line why not."""
@@ -29,8 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _add_probe(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="RUN_OR_SAE_DIR", help="run folders, or SAEs in SAELens' format")
-    add("--datasets", nargs="+", required=True, metavar="NAME_OR_FOLDER", help="labelled text, see README")
-    add("--k", default="1,2,5,10,20,50", help="numbers of latents, by commas (default %(default)s)")
+    add("--suite", choices=("saebench", "sae-probes"), default="saebench", help="protocol (default %(default)s)")
+    add("--datasets", nargs="+", default=[], metavar="NAME_OR_FOLDER", help="labelled text, see README")
+    add("--k", help="numbers of latents, by commas (default 1,2,5,10,20,50; sae-probes 1,2,5)")
     add("--train", type=int, default=2000, help="training texts a class (default %(default)s)")
     add("--test", type=int, default=500, help="test texts a class (default %(default)s)")
     add("--repeats", type=int, default=1, help="draws of splits and negatives (default %(default)s)")
@@ -45,13 +48,21 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 
 
 def _probe(given: argparse.Namespace) -> None:
+    chosen = {"model": given.model, "dtype": given.dtype, "context": given.context}
+    try:
+        ks = tuple(int(k) for k in (given.k or DEFAULT_KS[given.suite]).split(","))
+    except ValueError as error:
+        raise UserError(f"--k is {given.k!r}; expected whole numbers by commas, as in 1,2,5") from error
+    if given.suite == "sae-probes":
+        from fipo import suite_job
+
+        suite_job.run(given.folders, given.datasets, ks, given.seed, given.out, **chosen)
+        return
+    if not given.datasets:
+        raise UserError("--datasets is missing; name datasets or folders, or give --suite sae-probes")
     from fipo import probe_job
     from fipo.config import Probing
 
-    try:
-        ks = tuple(int(k) for k in given.k.split(","))
-    except ValueError as error:
-        raise UserError(f"--k is {given.k!r}; expected whole numbers by commas, as in 1,2,5") from error
     probing = Probing(
         datasets=tuple(given.datasets),
         train_per_class=given.train,
@@ -61,7 +72,6 @@ def _probe(given: argparse.Namespace) -> None:
         rng=given.rng,
         pooling=given.pooling,
     )
-    chosen = {"model": given.model, "dtype": given.dtype, "context": given.context}
     probe_job.run(given.folders, probing, given.seed, given.out, **chosen)
 
 

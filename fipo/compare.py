@@ -16,6 +16,7 @@ from fipo.files import read_json
 from fipo.probe_job import OUTCOMES_SUFFIX, RESULT_SUFFIX
 from fipo.randomness import generator_for
 from fipo.report import FINAL, OUTCOMES
+from fipo.results import read_result
 from fipo.saebench import overall_metrics
 from fipo.uncertainty import Answers, Interval, bootstrap
 
@@ -61,7 +62,7 @@ def report(folders: Sequence[Path]) -> str:
 def read_results(folder: Path) -> list[Result]:
     """The results in a run folder or in a folder of `fipo probe`."""
     if (folder / FINAL).is_file():
-        info = read_json(folder / FINAL)
+        info = read_result(folder)
         return [
             Result(
                 info["run"],

@@ -176,12 +176,15 @@ class RunConfig:
     """Steps between lines of the training log."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
+    checkpoint_share: float = 0.02
+    """Largest share of the training time that goes into writing checkpoints; a due one waits until then."""
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "zero or more")
         require(self.aux_weight >= 0, "aux_weight", self.aux_weight, "zero or more")
         require(self.log_every > 0, "log_every", self.log_every, "a positive number of steps")
         require(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "a positive number of steps")
+        require(self.checkpoint_share > 0, "checkpoint_share", self.checkpoint_share, "a positive share")
         require(
             self.lsh is None or self.importance is not None,
             "lsh",

@@ -6,10 +6,13 @@ every other exception is a defect of ours and keeps its traceback.
 """
 
 EXIT_CODE = 2
+LONGEST = 1000
+"""Characters; what was given may be a hostile file's, and of any length."""
 
 
 class UserError(ValueError):
     """A mistake or a circumstance outside the program, told in one line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        line = " ".join(message.split())
+        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]}...")

@@ -22,10 +22,11 @@ from fipo.data.store import ActivationStore
 from fipo.errors import UserError
 from fipo.export import load_sae
 from fipo.files import sha256_file
-from fipo.pooling import FeatureMap, numbers_or_read, pool_or_read
+from fipo.pooling import FeatureMap, encode_in, numbers_or_read, pool_or_read
 from fipo.probing import Tasks, full_accuracies, one_vs_rest, sparse_answers
 from fipo.progress import progress
-from fipo.randomness import generator_for
+from fipo.randomness import generator_for, plain_generator
+from fipo.replay import replay
 from fipo.sae import SAE
 
 SAMPLE_TEXTS = 128
@@ -61,6 +62,8 @@ class DatasetScores(NamedTuple):
     """Numbers of the test texts behind the rows."""
     scores: dict[str, Scores]
     """`llm` (channels), `sae` (latents), and the controls `pca` and `random`."""
+    replayed: dict[str, list[float]] | None = None
+    """Metric -> accuracy of every class on SAEBench's own stream of random numbers, where it was asked for."""
 
 
 def load_subject(folder: Path, layer: int) -> Subject:
@@ -94,6 +97,7 @@ def probe(
     harvested()
     maps = _feature_maps(lm, data, stores, subjects, probing, seed, keep)
     results: dict[str, list[DatasetScores]] = {name: [] for name in subjects}
+    streams = {name: plain_generator(seed) for name in subjects}
     with progress("probing", len(data) * len(subjects), "datasets") as advance:
         for one in data:
             pooled = dict(zip(maps, _pooled(one, stores.get(one.name), lm, maps.values(), probing), strict=True))
@@ -102,7 +106,12 @@ def probe(
             for name, subject in subjects.items():
                 scores = {**by_layer(subject.layer), "sae": tasks.score("sae", pooled["sae", name], full=True)}
                 scores["random"] = tasks.score("random", pooled["random", name], full=False)
-                results[name].append(DatasetScores(one.name, list(one.train), tasks.first[1].rows_TM, scores))
+                found = DatasetScores(one.name, list(one.train), tasks.first[1].rows_TM, scores)
+                if probing.rng == "saebench":
+                    features = (pooled["llm", subject.layer], pooled["sae", name])
+                    sizes = ([len(texts) for texts in split.values()] for split in (one.train, one.test))
+                    found = found._replace(replayed=replay(*features, *sizes, probing.ks, streams[name]))
+                results[name].append(found)
                 advance(1, f"{one.name} {name}")
     return results
 
@@ -209,7 +218,7 @@ def _feature_maps(
     sampled = [probe_key(one, lm) for one in data] + [probing.cached]
     maps: dict[tuple[str, object], FeatureMap] = {}
     for layer in sorted({subject.layer for subject in subjects.values()}):
-        maps["llm", layer] = FeatureMap(layer, lm.width, lambda acts_BD: acts_BD.to(dtype), ("llm",))
+        maps["llm", layer] = FeatureMap(layer, lm.width, lambda acts_BD: acts_BD, ("llm",), channels=True)
     for name, (layer, sae, key) in subjects.items():
         found = numbers_or_read(
             ["measures", layer, key, sampled], functools.partial(_measure, sae.to(lm.device), sample, layer)
@@ -220,9 +229,13 @@ def _feature_maps(
         encode = {"sae": lambda sae=sae: sae, "random": control}
         keys = {"sae": ("sae", key), "random": ("random", sae.latents, l0, seed, sampled)}
         for who in encode:
-            codes = functools.partial(_encode, encode[who], dtype)
-            maps[who, name] = FeatureMap(layer, sae.latents, codes, keys[who], keep or who == "random")
+            codes = functools.partial(_codes, encode[who], dtype)
+            maps[who, name] = FeatureMap(layer, sae.latents, codes, keys[who], keep=keep or who == "random")
     return maps
+
+
+def _codes(encoder: Callable[[], SAE], dtype: torch.dtype, acts_BD: Tensor) -> Tensor:
+    return encoder().encode(acts_BD) if dtype == torch.float32 else encode_in(encoder(), acts_BD, dtype)
 
 
 @torch.no_grad()
@@ -236,15 +249,6 @@ def _measure(sae: SAE, sample: Callable[[], dict[int, Tensor]], layer: int) -> d
 def _random_control(latents: int, l0: float, sample: Callable[[], dict[int, Tensor]], layer: int, seed: int) -> SAE:
     """The random SAE of a layer; made only when it is needed, since it takes a few texts through the model."""
     return controls.random_sae(latents, l0, sample()[layer], generator_for(seed, "random control", layer))
-
-
-def _encode(encoder: Callable[[], SAE], dtype: torch.dtype, acts_BD: Tensor) -> Tensor:
-    """Codes with all arithmetic in `dtype`."""
-    sae = encoder()
-    if dtype == torch.float32:
-        return sae.encode(acts_BD)
-    x_BD = (acts_BD.to(dtype) - sae.mean_D.to(dtype)) * sae.scale.to(dtype)
-    return sae.activation(x_BD @ sae.enc_DF.to(dtype) + sae.enc_bias_F.to(dtype))
 
 
 def _sample(data: list[LabelledText], stores: dict[str, ActivationStore], lm: LanguageModel) -> dict[int, Tensor]:

@@ -25,6 +25,9 @@ from fipo.sae import SAE
 SAELENS_VERSION = "6.54.12"
 """The version of SAELens whose format this is; without it in the file SAELens reads an older format."""
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes in which weights may be saved."""
+
 
 @torch.no_grad()
 def fold(sae: SAE) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
@@ -92,40 +95,66 @@ def save_sae(
 def load_sae(folder: Path) -> SAE:
     """An SAE in SAELens' format as ours: raw activations in, raw activations out; in evaluation mode."""
     config, tensors = read_json(folder / "cfg.json"), load_tensors(folder / "sae_weights.safetensors")
-    try:
-        architecture, width, latents = config["architecture"], config["d_in"], config["d_sae"]
-        shapes = {"W_enc": (width, latents), "b_enc": (latents,), "W_dec": (latents, width), "b_dec": (width,)}
-        activation = _activation(architecture, config, tensors, shapes)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}/cfg.json lacks {error}; expected an SAE in SAELens' format") from error
-    for name, shape in shapes.items():
-        if name not in tensors or tuple(tensors[name].shape) != shape or not tensors[name].isfinite().all():
-            given = tuple(tensors[name].shape) if name in tensors else "missing"
-            raise UserError(f"{folder}: tensor {name} is {given} or not finite; expected finite {shape}")
-    if config.get("normalize_activations", "none") != "none":
-        raise UserError(f"{folder}: normalize_activations is not folded into the weights; fold it before saving")
-    sae = SAE(width, latents, activation, generator=torch.Generator())
-    centred = config.get("apply_b_dec_to_input", True)
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}/cfg.json holds no mapping; expected an SAE in SAELens' format")
+    architecture = _field(folder, config, "architecture", str)
+    width, latents = _field(folder, config, "d_in", int), _field(folder, config, "d_sae", int)
+    shapes = {"W_enc": (width, latents), "b_enc": (latents,), "W_dec": (latents, width), "b_dec": (width,)}
+    shapes |= {"threshold": (latents,)} if architecture == "jumprelu" else {}
+    weights = _checked_weights(folder, tensors, shapes)
+    for key in ("normalize_activations", "reshape_activations"):
+        if config.get(key, "none") != "none":
+            raise UserError(f"{folder}: {key} is not folded into the weights; fold it before saving")
+    sae = SAE(width, latents, _activation(folder, architecture, config, weights), generator=torch.Generator())
+    centred = _field(folder, {"apply_b_dec_to_input": True} | config, "apply_b_dec_to_input", bool)
     with torch.no_grad():
-        sae.enc_DF.copy_(tensors["W_enc"])
-        sae.enc_bias_F.copy_(tensors["b_enc"])
-        sae.dec_FD.copy_(tensors["W_dec"])
-        (sae.mean_D if centred else sae.dec_bias_D).copy_(tensors["b_dec"])
+        sae.enc_DF.copy_(weights["W_enc"])
+        sae.enc_bias_F.copy_(weights["b_enc"])
+        sae.dec_FD.copy_(weights["W_dec"])
+        (sae.mean_D if centred else sae.dec_bias_D).copy_(weights["b_dec"])
     return sae.eval()
 
 
-def _activation(
-    architecture: str, config: dict[str, Any], tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
-) -> Activation:
+def _field(folder: Path, config: dict[str, Any], key: str, kind: type) -> Any:
+    """A value of cfg.json, of exactly this type; numbers are positive."""
+    if key not in config:
+        raise UserError(f"{folder}/cfg.json lacks '{key}'; expected an SAE in SAELens' format")
+    value = config[key]
+    if type(value) is not kind or (kind is int and value < 1):
+        raise UserError(f"{folder}/cfg.json: {key} is {repr(value)[:100]}; expected {kind.__name__}")
+    return value
+
+
+def _checked_weights(folder: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors as float32, when they are those expected: by name, floating point, shape, and finite."""
+    for name in sorted(tensors.keys() - shapes.keys()):
+        raise UserError(f"{folder}: tensor {name} is unknown; expected {', '.join(shapes)}")
+    weights = {}
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if tensor is not None and tensor.dtype in FLOATS and tuple(tensor.shape) == shape:
+            weights[name] = tensor.float()
+        if name not in weights or not weights[name].isfinite().all():
+            given = "missing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise UserError(f"{folder}: tensor {name} is {given} or not finite; expected finite {shape}")
+    return weights
+
+
+def _activation(folder: Path, architecture: str, config: dict[str, Any], weights: dict[str, Tensor]) -> Activation:
+    latents = config["d_sae"]
     match architecture:
         case "standard":
             return ReLU()
         case "topk":
-            return TopK(config["k"])
+            norm_F = weights["W_dec"].norm(dim=1)
+            unit = ((norm_F - 1).abs() < 1e-2) | (norm_F < 1e-6)
+            if config.get("rescale_acts_by_decoder_norm", False) is not False and not unit.all():
+                raise UserError(f"{folder}: decoder rows are not of unit norm; fold the norm before saving")
+            if (k := _field(folder, config, "k", int)) > latents:
+                raise UserError(f"{folder}/cfg.json: k is {k}; expected at most d_sae, {latents}")
+            return TopK(k)
         case "jumprelu":
-            shapes["threshold"] = (config["d_sae"],)
-            activation = JumpReLU(config["d_sae"])
-            if tensors["threshold"].shape == shapes["threshold"]:  # else the caller says what is wrong with it
-                activation.log_threshold_F.data.copy_(tensors["threshold"].clamp_min(1e-30).log())
+            activation = JumpReLU(latents)
+            activation.log_threshold_F.data.copy_(weights["threshold"].clamp_min(1e-30).log())
             return activation
-    raise UserError(f"architecture {architecture} is not one of standard, topk, jumprelu")
+    raise UserError(f"architecture {architecture[:100]} is not one of standard, topk, jumprelu")

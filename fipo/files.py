@@ -1,19 +1,27 @@
 """Files that are either whole or absent.
 
 A writer fills a temporary file beside the target, flushes it to the disk and renames it: a reader, or a run killed
-half-way, sees the old file or the new one and nothing between.
+half-way, sees the old file or the new one and nothing between. What a killed writer leaves is a temporary file, whose
+name tells.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fipo.errors import UserError
+
+TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+"""Names of temporary files: `.NAME.PROCESS.tmp`."""
+LARGEST_JSON = 64 * 2**20
+"""Bytes; a larger JSON file is none of ours."""
 
 
 @contextlib.contextmanager
@@ -24,9 +32,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
@@ -43,14 +51,52 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in temporary.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        shutil.rmtree(path, ignore_errors=True)
+            flush(file)
+        flush(temporary)
+        remove(path)
         os.replace(temporary, path)
+        flush(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Have the system put a file's content, or a folder's list of names, on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def remove_temporaries(folder: Path, *, of_the_dead: bool = False) -> None:
+    """Remove what killed writers left in a folder and those below it. Where others may be writing as well: only what
+    belongs to a process that is no more (`of_the_dead`)."""
+    for path in sorted(folder.rglob(".*.tmp")):
+        found = TEMPORARY.fullmatch(path.name)
+        if found and not (of_the_dead and _lives(int(found[1]))):
+            remove(path)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
@@ -72,13 +118,40 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a missing or damaged file is a `UserError` that names it."""
+    """Read JSON; a missing or damaged file is a `UserError` that names it. NaN, infinity, a key given twice and more
+    than `LARGEST_JSON` bytes are damage."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        if Path(path).stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path} is larger than {LARGEST_JSON >> 20} MB: no file of ours")
+        return parse_json(Path(path).read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """JSON as the standard has it; whatever it does not allow is a `ValueError`."""
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_twins)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(digits: str) -> float:
+    if not math.isfinite(value := float(digits)):
+        raise ValueError(f"{digits[:20]} is too large")
+    return value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key is given twice")
+    return values
 
 
 def sha256_file(path: Path) -> str:

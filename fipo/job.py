@@ -1,7 +1,7 @@
 """The whole job, in its order: text and model -> activations -> SAEs in step -> saved SAEs -> probing -> report.
 
 A finished folder is left alone, an unfinished one goes on from its last checkpoint; every file is written whole or
-not at all, and `final_info.json` last.
+not at all, and `final_info.json` last. One process at a time works in a folder.
 """
 
 import contextlib
@@ -19,18 +19,24 @@ from fipo.config import RunConfig
 from fipo.data.labelled import load_labelled
 from fipo.data.lm import LanguageModel
 from fipo.data.prepare import training_activations
-from fipo.data.store import ActivationStore
+from fipo.data.store import ActivationStore, cache_root
 from fipo.errors import UserError
 from fipo.evaluate import load_subject, probe
 from fipo.export import save_sae
-from fipo.files import write_json
+from fipo.files import remove, remove_temporaries, write_json
+from fipo.lock import locked
 from fipo.log import read_log
-from fipo.loop import CHECKPOINT, LOG, train_all
+from fipo.loop import CHECKPOINTS, LOG, train_all
+from fipo.memory import enough_memory
 from fipo.metrics import max_cosines, quality
 from fipo.provenance import hardware, provenance
 from fipo.report import FINAL, OUTCOMES
+from fipo.signals import StopSignals
 from fipo.summary import outcomes
 from fipo.train import TrainState
+
+LOCK = ".lock"
+TO_LOWER = "workload.context, workload.latents or workload.probing.train_per_class"
 
 
 class Phases:
@@ -49,11 +55,14 @@ class Phases:
 
 def run(out_dir: Path, experiments: Path) -> None:
     """Do, or finish, the run in `out_dir`; `experiments` holds the run files."""
-    if (out_dir / FINAL).exists():
-        raise UserError(f"{out_dir} holds a finished run, which is never overwritten; name another folder or remove it")
+    tidy_finished(out_dir)
+    refuse_finished(out_dir)
     phases = Phases()
     config = runs.resolve(out_dir, experiments)
-    with writable(out_dir):
+    with StopSignals() as stop, writable(out_dir), locked(out_dir / LOCK), enough_memory("a run", TO_LOWER):
+        refuse_finished(out_dir)
+        remove_temporaries(out_dir)
+        remove_temporaries(cache_root() / "pooled", of_the_dead=True)
         workload = config.workload
         device = "cuda" if torch.cuda.is_available() else "cpu"
         lm = LanguageModel(
@@ -69,7 +78,7 @@ def run(out_dir: Path, experiments: Path) -> None:
         held_out, source = training_activations(workload.text, lm)
         phases.end("harvest")
         runs.save(config, out_dir)
-        states = train_all(config, source, out_dir, device)
+        states = train_all(config, source, out_dir, device, stop)
         sae_configs = {layer: export(config, layer, state, out_dir) for layer, state in states.items()}
         measures = {layer: measure(state, held_out, place) for place, (layer, state) in enumerate(states.items())}
         phases.end("training")
@@ -87,6 +96,20 @@ def run(out_dir: Path, experiments: Path) -> None:
             layers[n] = report.layer_info(config, n, lines[n], measures[n], record)
             save_tensors(out_dir / f"layer_{n}" / OUTCOMES, outcomes(found))
         finish(config, out_dir, layers, phases, origin)
+
+
+def refuse_finished(out_dir: Path) -> None:
+    """A finished run is never touched."""
+    if (out_dir / FINAL).exists():
+        raise UserError(f"{out_dir} holds a finished run, which is never overwritten; name another folder or remove it")
+
+
+def tidy_finished(out_dir: Path) -> None:
+    """Remove what the process of a finished run had no time to."""
+    if (out_dir / FINAL).exists() and any((out_dir / name).exists() for name in (CHECKPOINTS, LOCK)):
+        with locked(out_dir / LOCK):
+            remove(out_dir / CHECKPOINTS)
+            remove_temporaries(out_dir)
 
 
 @contextlib.contextmanager
@@ -159,5 +182,5 @@ def finish(
             "layers": {str(layer): info for layer, info in layers.items()},
         },
     )
-    (out_dir / CHECKPOINT).unlink(missing_ok=True)
+    remove(out_dir / CHECKPOINTS)
     report.print_results(out_dir)

@@ -1,13 +1,18 @@
-"""`training_log.jsonl`: one line a layer every few steps. Reading a state never changes it."""
+"""`training_log.jsonl`: one line a layer every few steps. Reading a state never changes it.
 
+A line is on the disk before the checkpoint of its step is; where a run goes on, what was logged after that is dropped.
+"""
+
+import itertools
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fipo.errors import UserError
-from fipo.files import write_text
+from fipo.files import parse_json, write_text
 from fipo.metrics import max_cosines
 from fipo.train import StepReport, TrainState, learning_rate
 
@@ -39,22 +44,39 @@ def log_line(state: TrainState, step: StepReport, layer: int, tokens_per_second:
 
 
 def append_log(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Append lines."""
+    """Append lines and have them on the disk."""
     try:
         with open(path, "a", encoding="utf-8") as log:
             log.write("".join(json.dumps(line) + "\n" for line in lines))
+            log.flush()
+            os.fsync(log.fileno())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; free space, then give the same command") from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a run killed while writing may have left half a one at the end."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The lines up to the first that is not whole: a run killed while writing may have left half a one."""
+    return [json.loads(line) for line in _whole_lines(path)]
 
 
-def trim_log(path: Path, step: int) -> None:
-    """Drop what was logged after `step`, where the run goes on from, so that no line is doubled."""
+def trim_log(path: Path, step: int) -> int:
+    """Drop what was logged after `step`, where the run goes on from, so that no line is doubled; returns how many
+    lines are left."""
+    kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
     if path.exists():
-        kept = [line for line in read_log(path) if line["step"] <= step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_text(path, "".join(kept))
+    return len(kept)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    lines = path.read_bytes().decode("utf-8", "replace").split("\n") if path.exists() else []
+    return [line + "\n" for line in itertools.takewhile(_is_whole, lines[:-1])]
+
+
+def _is_whole(line: str) -> bool:
+    """Does it say all that a line says?"""
+    try:
+        value = parse_json(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and isinstance(value.get("step"), int) and isinstance(value.get("layer"), int)

@@ -106,8 +106,14 @@ class Levels:
     """By index (Matryoshka) or by σ, largest first."""
     shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
     """Share of the dictionary in the first m levels; increasing, the last one is 1."""
+    random: bool = False
+    """Draw the inner shares anew at each step, log-uniformly from the first one to 1, so that no cut is special."""
     stop_gradient: float = 0.5
     """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
+    plain: float = 0.0
+    """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
+    free_norms: bool = False
+    """Let decoder rows change length in the last phase, so that each latent's gain is learned with its direction."""
     decoder_only: float = 0.25
     """Share of the steps, the last ones, in which the encoder is frozen and the decoder alone learns, unlevelled."""
 
@@ -115,6 +121,7 @@ class Levels:
         rising = all(a < b for a, b in zip((0.0, *self.shares), self.shares, strict=False))
         require(rising and self.shares[-1:] == (1.0,), "levels.shares", self.shares, "rising shares that end in 1.0")
         require(0 <= self.stop_gradient <= 1, "levels.stop_gradient", self.stop_gradient, "a strength from 0 to 1")
+        require(0 <= self.plain <= 1, "levels.plain", self.plain, "a weight from 0 to 1")
         require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
 
 

@@ -1,22 +1,30 @@
 """From the tokens of a text to one row: the mean over its content tokens of any map of the activations.
 
 All maps of all layers are pooled in one pass over the tokens, which are never kept: a chunk is encoded, summed text by
-text and dropped. What was pooled can be kept in a cache under a key that names all it depends on. Shapes: N texts,
-B tokens of a chunk, L layers, D model width, F features.
+text and dropped. What was pooled can be kept in a cache under a key that names all it depends on.
+
+In bfloat16, as SAEBench pools for models that run in it, everything is rounded where SAEBench rounds it: weights,
+codes, sums and means. There a token counts where its activations do not sum to exactly 0, which befalls a few real
+tokens: those add to the sum of the channels but not to the count, and not at all to that of the codes.
+
+Shapes: N texts, B tokens of a chunk, L layers, D model width, F features.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from fipo.activations import BatchTopK, JumpReLU
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.data.harvest import Chunk
 from fipo.data.store import cache_root
 from fipo.errors import UserError
 from fipo.files import read_json, sha256_json, write_json
+from fipo.sae import SAE
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -29,6 +37,8 @@ class FeatureMap(NamedTuple):
     encode: Callable[[Tensor], Tensor]
     key: tuple[Any, ...]
     """Names all that the map depends on, as plain values."""
+    channels: bool = False
+    """Are the features the activations themselves?"""
     keep: bool = True
     """Keep what is pooled for the next time?"""
 
@@ -43,26 +53,49 @@ def pool(
     device: str = "cpu",
     precision: Precision = "float32",
 ) -> list[Tensor]:
-    """Means over each text's content tokens, [N, F] a map, in float32.
+    """Means over each text's content tokens, [N, F] a map, in float32 (of numbers rounded to `precision`).
 
-    `layers` names the second axis of the chunks. With `bfloat16` sum and mean are rounded as SAEBench's are when the
-    model runs in that format; the maps are then expected to round their own arithmetic.
+    `layers` names the second axis of the chunks. With `bfloat16` the maps are expected to round their own arithmetic.
     """
+    low = precision == "bfloat16"
     sums = [torch.zeros(texts, one.width, device=device) for one in maps]
+    counts = [torch.zeros(texts, device=device) for _ in layers]
     tokens_N = torch.zeros(texts, dtype=torch.int64)
     for acts_BLD, text_B in chunks:
-        owners, counts = text_B.unique_consecutive(return_counts=True)
-        starts, rows_B = (counts.cumsum(0) - counts).to(device), torch.arange(len(text_B), device=device)
-        tokens_N += torch.bincount(text_B, minlength=texts)
-        for one, sum_NF in zip(maps, sums, strict=True):
-            codes_BF = one.encode(acts_BLD[:, layers.index(one.layer)].to(device)).float()
-            sum_NF.index_add_(0, owners.to(device), embedding_bag(rows_B, codes_BF, starts, mode="sum"))
+        owners, sizes = text_B.unique_consecutive(return_counts=True)
+        starts, rows_B = (sizes.cumsum(0) - sizes).to(device), torch.arange(len(text_B), device=device)
+        tokens_N.index_add_(0, owners, sizes)
+        owners, owner_B = owners.to(device), text_B.to(device)
+        for place, layer in enumerate(layers):
+            acts_BD = acts_BLD[:, place].to(device)
+            acts_BD = acts_BD.bfloat16() if low else acts_BD.float()
+            counted_B = (acts_BD.sum(-1) != 0).float() if low else torch.ones(len(rows_B), device=device)
+            counts[place].index_add_(0, owner_B, counted_B)
+            for one, sum_NF in zip(maps, sums, strict=True):
+                if one.layer == layer:
+                    codes_BF = one.encode(acts_BD).float()
+                    codes_BF = codes_BF * counted_B[:, None] if low and not one.channels else codes_BF
+                    sum_NF.index_add_(0, owners, embedding_bag(rows_B, codes_BF, starts, mode="sum"))
     if not tokens_N.all():
         raise UserError(f"probing text {int((tokens_N == 0).nonzero()[0])} has no content token; remove it")
-    count_N1 = tokens_N[:, None].to(device)
-    if precision == "bfloat16":
-        return [(sum_NF.bfloat16() / count_N1).float().cpu() for sum_NF in sums]
-    return [(sum_NF / count_N1).cpu() for sum_NF in sums]
+    means = []
+    for one, sum_NF in zip(maps, sums, strict=True):
+        count_N1 = counts[layers.index(one.layer)][:, None]
+        means.append(sum_NF.bfloat16() / count_N1.bfloat16() if low else sum_NF / count_N1)
+    return [mean_NF.float().cpu() for mean_NF in means]
+
+
+@torch.no_grad()
+def encode_in(sae: SAE, acts_BD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes [B, F] of model activations, all arithmetic in `dtype`; for an SAE in raw units, as saved ones are."""
+    x_BD = acts_BD.to(dtype) - sae.mean_D.to(dtype)
+    pre_BF = x_BD @ sae.enc_DF.to(dtype) + sae.enc_bias_F.to(dtype)
+    match sae.activation:
+        case JumpReLU(threshold_F=threshold_F):
+            return torch.where(pre_BF > threshold_F.to(dtype), pre_BF, 0)
+        case BatchTopK(threshold=threshold):
+            return torch.where(pre_BF > threshold.to(dtype), pre_BF, 0)
+    return sae.activation(pre_BF)
 
 
 def pool_or_read(
@@ -76,16 +109,10 @@ def pool_or_read(
     precision: Precision = "float32",
 ) -> list[Tensor]:
     """`pool`, where the cache does not hold it yet; `key` names the tokens. What is damaged is pooled again."""
-    places = [
-        cache_root() / "pooled" / f"{sha256_json([key, one.layer, *one.key, precision])[:32]}.safetensors"
-        for one in maps
-    ]
+    keys = [[key, one.layer, *one.key, precision] for one in maps]
     found: list[Tensor | None] = []
-    for one, place in zip(maps, places, strict=True):
-        try:
-            pooled_NF = load_tensors(place)["pooled_NF"] if one.keep and place.is_file() else None
-        except (UserError, KeyError):
-            pooled_NF = None
+    for one, name in zip(maps, keys, strict=True):
+        pooled_NF = read_kept(name) if one.keep else None
         found.append(pooled_NF if pooled_NF is not None and pooled_NF.shape == (texts, one.width) else None)
     missing = [number for number, pooled_NF in enumerate(found) if pooled_NF is None]
     if missing:
@@ -93,13 +120,30 @@ def pool_or_read(
         for number, pooled_NF in zip(missing, made, strict=True):
             found[number] = pooled_NF
             if maps[number].keep:
-                save_tensors(places[number], {"pooled_NF": pooled_NF})
+                keep(keys[number], pooled_NF)
     return [pooled_NF for pooled_NF in found if pooled_NF is not None]
+
+
+def read_kept(key: Any) -> Tensor | None:
+    """What `keep` wrote under this key; None where there is nothing, or nothing whole."""
+    try:
+        return load_tensors(_place(key, "safetensors"))["kept"] if _place(key, "safetensors").is_file() else None
+    except (UserError, KeyError):
+        return None
+
+
+def keep(key: Any, tensor: Tensor) -> None:
+    """Keep a tensor in the cache under a key of plain values that names all it depends on."""
+    save_tensors(_place(key, "safetensors"), {"kept": tensor})
+
+
+def _place(key: Any, ending: str) -> Path:
+    return cache_root() / "pooled" / f"{sha256_json(key)[:32]}.{ending}"
 
 
 def numbers_or_read(key: Any, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """A few numbers that take the model to find, kept beside the pooled texts under their key."""
-    place = cache_root() / "pooled" / f"{sha256_json(key)[:32]}.json"
+    place = _place(key, "json")
     try:
         return {name: float(value) for name, value in read_json(place).items()}
     except (UserError, AttributeError, TypeError, ValueError):

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fipo.rows import Rows
+
 
 class Tasks(NamedTuple):
     """The one-vs-rest tasks of one split of a dataset: row T belongs to class T."""
@@ -49,14 +51,15 @@ def one_vs_rest(class_sizes: list[int], positive: int, generator: torch.Generato
 
 
 def mean_difference(features_NF: Tensor, tasks: Tasks) -> Tensor:
-    """|mean over positives - mean over negatives| of every feature, [T, F]."""
-    weights_TN = torch.zeros(tasks.rows_TM.shape[0], features_NF.shape[0], dtype=features_NF.dtype)
-    signs_TM = tasks.labels_TM * 2 - 1
-    counts_TM = torch.where(
-        tasks.labels_TM > 0, tasks.labels_TM.sum(1, keepdim=True), (1 - tasks.labels_TM).sum(1, keepdim=True)
-    )
-    weights_TN.scatter_(1, tasks.rows_TM, (signs_TM / counts_TM).to(features_NF.dtype))
-    return (weights_TN @ features_NF).abs()
+    """|mean over positives - mean over negatives| of every feature, [T, F]; the means are rounded to the features'
+    format, as SAEBench's are."""
+    means = []
+    for side in (1, 0):
+        member_TM = (tasks.labels_TM == side).float()
+        weights_TN = torch.zeros(tasks.rows_TM.shape[0], features_NF.shape[0])
+        weights_TN.scatter_(1, tasks.rows_TM, member_TM / member_TM.sum(1, keepdim=True))
+        means.append((weights_TN @ features_NF.float()).to(features_NF.dtype))
+    return (means[0] - means[1]).abs()
 
 
 def fit_logistic(x_TMK: Tensor, y_TM: Tensor, c: float = 1.0, tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:
@@ -121,31 +124,32 @@ def full_accuracies(train_NF: Tensor, test_NF: Tensor, train: Tasks, test: Tasks
     """Best test accuracy [T] of a linear probe on all features, as SAEBench defines it.
 
     AdamW, rate 0.01, batches of 250, at most 100 epochs; a task stops after 10 epochs without a better test accuracy.
-    The tasks of a dataset train side by side; each has its own weights, order and stop. A step multiplies all rows, of
-    which it uses its batch: they are few, and copying out a batch for every task would cost more.
+    The tasks of a dataset train side by side; each has its own weights, order and stop. With one task the generator is
+    drawn from as SAEBench draws. The gradient of the mean logistic loss is (sigmoid(z) - y) x / B.
     """
     tasks, rows = train.rows_TM.shape
-    bound = 1 / math.sqrt(train_NF.shape[1])
-    weights_TF = torch.empty(tasks, train_NF.shape[1]).uniform_(-bound, bound, generator=generator).requires_grad_()
-    bias_T = torch.empty(tasks).uniform_(-bound, bound, generator=generator).requires_grad_()
+    dtype, bound = train_NF.dtype, 1 / math.sqrt(train_NF.shape[1])
+    weights_TF = torch.empty(tasks, train_NF.shape[1], dtype=dtype)
+    torch.nn.init.kaiming_uniform_(weights_TF, a=math.sqrt(5), generator=generator)  # as nn.Linear starts
+    bias_T = torch.empty(tasks, dtype=dtype).uniform_(-bound, bound, generator=generator)
     optimizer = torch.optim.AdamW([weights_TF, bias_T], lr=0.01)
     best_T, waited_T = torch.zeros(tasks), torch.zeros(tasks)
+    train_rows, test_batch = Rows(train_NF), Rows(test_NF).batch(test.rows_TM)
+    weights_TF.grad, bias_T.grad = torch.zeros_like(weights_TF), torch.zeros_like(bias_T)
     for _ in range(100):
-        order_TM = torch.stack([torch.randperm(rows, generator=generator) for _ in range(tasks)])
-        for part_TM in order_TM.split(250, dim=1):
-            logits_TM = (train_NF @ weights_TF.T + bias_T).T.gather(1, train.rows_TM.gather(1, part_TM))
-            labels_TM = train.labels_TM.gather(1, part_TM)
-            loss_TM = torch.nn.functional.binary_cross_entropy_with_logits(logits_TM, labels_TM, reduction="none")
-            optimizer.zero_grad()
-            loss_TM.mean(1).sum().backward()
+        open_O = (waited_T < 10).nonzero()[:, 0]  # a task that has stopped may drift: it is not looked at again
+        if not len(open_O):
+            break
+        order_OM = torch.stack([torch.randperm(rows, generator=generator) for _ in open_O])
+        for part_OM in order_OM.split(250, dim=1):
+            batch = train_rows.batch(train.rows_TM[open_O].gather(1, part_OM))
+            labels_OM = train.labels_TM[open_O].gather(1, part_OM).to(dtype)
+            error_OM = (batch.products(weights_TF[open_O]) + bias_T[open_O, None]).sigmoid() - labels_OM
+            weights_TF.grad[open_O], bias_T.grad[open_O] = batch.sums(error_OM / part_OM.shape[1]), error_OM.mean(1)
             optimizer.step()
-        with torch.no_grad():
-            logits_TN = (test_NF @ weights_TF.T + bias_T).T
-            right_TM = (logits_TN.gather(1, test.rows_TM) > 0) == (test.labels_TM > 0)
-        accuracy_T = right_TM.float().mean(1)
+        logits_TM = test_batch.products(weights_TF) + bias_T[:, None]
+        accuracy_T = ((logits_TM > 0) == (test.labels_TM > 0)).float().mean(1)
         better_T = (accuracy_T > best_T) & (waited_T < 10)
         best_T = torch.where(better_T, accuracy_T, best_T)
         waited_T = torch.where(better_T, 0, waited_T + 1)
-        if bool((waited_T >= 10).all()):
-            break
     return best_T.double()

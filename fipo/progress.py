@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator
 LINE_SECONDS = 15.0
 
 
+def say(line: str) -> None:
+    """One line to whoever watches; the result is not concerned."""
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def progress(title: str, total: float, unit: str) -> Iterator[Callable[[float, str], None]]:
     """Yield `advance(amount, note)`; `total` in `unit`s."""

@@ -18,7 +18,9 @@ T = TypeVar("T")
 def require(condition: bool, key: str, given: Any, expected: str) -> None:
     """Raise the `UserError` of a config value that is not as expected."""
     if not condition:
-        raise UserError(f"config: {key} is {given!r}; expected {expected}")
+        shown = repr(given)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+        raise UserError(f"config: {str(key)[:200]} is {shown}; expected {expected}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -66,4 +68,5 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         require(number, path, value, "a finite number")
         return float(value)
     require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), path, value, hint.__name__)
+    require(hint is not int or abs(value) < 2**63, path, value, "an integer of at most 64 bits")
     return value

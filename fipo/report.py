@@ -10,10 +10,10 @@ from fipo.errors import UserError
 from fipo.evaluate import DatasetScores
 from fipo.files import read_json, replacing
 from fipo.log import read_log
+from fipo.results import FINAL, read_result
 from fipo.saebench import Setting, metric_name, overall_metrics, sparse_probing_record
 from fipo.summary import accuracies, extras
 
-FINAL = "final_info.json"
 OUTCOMES = "probing_outcomes.safetensors"
 
 
@@ -140,7 +140,7 @@ def _beside(out_dir: Path, run: str, datasets: list[str]) -> dict[str, Any] | No
     file = out_dir.parent / run / FINAL
     if out_dir.name == run or not file.exists():
         return None
-    other = read_json(file)
+    other = read_result(file.parent)
     return other if other["eval_config"]["dataset_names"] == datasets else None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fipo.config import RunConfig
 from fipo.errors import UserError
-from fipo.records import from_dict, to_dict
+from fipo.records import from_dict, require, to_dict
 from fipo.workloads import find_workload
 from fipo.yamlfile import read_yaml, write_yaml
 
@@ -20,17 +20,23 @@ from fipo.yamlfile import read_yaml, write_yaml
 def resolve(out_dir: Path, experiments: Path) -> RunConfig:
     """The config of the run in `out_dir`; `experiments` is the folder of the run files."""
     own = out_dir / "config.yaml"
-    given = read_yaml(own) if own.is_file() else {}
+    given = read_yaml(own) if own.exists() else {}
     run = str(given.get("run", out_dir.name))
     file = experiments / f"{run}.yaml"
     known = sorted(path.stem for path in experiments.glob("run_*.yaml"))
-    if not file.is_file():
+    if run not in known:  # a name, and no path to somewhere else
         raise UserError(
             f"run {run!r} is unknown; the folder's last name must be one of {', '.join(known)}, or its config.yaml "
             "must name one under `run:`"
         )
     values = merge(merge(read_yaml(experiments / "base.yaml"), read_yaml(file)), given)
-    overrides = values.pop("workload", {}) or {}
+    overrides = values.pop("workload", {})
+    require(
+        overrides not in (None, ""),
+        "workload",
+        overrides,
+        "a name, or a mapping of keys to values; leave it out for the default",
+    )
     if not isinstance(overrides, dict):
         overrides = {"name": overrides}
     name = str(overrides.get("name") or os.environ.get("FIPO_WORKLOAD") or "minilm")

@@ -22,18 +22,26 @@ Accuracies = dict[str, dict[str, dict[str, float]]]
 
 def accuracies(results: Sequence[DatasetScores]) -> Accuracies:
     """SAEBench's unstructured result: latents and channels, all features and k of them."""
-    found: Accuracies = {}
-    for one in results:
-        metrics = {}
-        for who in ("sae", "llm"):
-            full_T = one.scores[who].full_T
-            if full_T is not None:
-                metrics[metric_name(who, None)] = full_T.tolist()
-        for who in ("llm", "sae"):
-            for k, right_TM in one.scores[who].right.items():
-                metrics[metric_name(who, k)] = right_TM.double().mean(1).tolist()
-        found[one.name] = {name: dict(zip(one.classes, values, strict=True)) for name, values in metrics.items()}
-    return found
+    return {
+        one.name: {
+            name: dict(zip(one.classes, values, strict=True))
+            for name, values in (one.replayed or _of_first_draw(one)).items()
+        }
+        for one in results
+    }
+
+
+def _of_first_draw(one: DatasetScores) -> dict[str, list[float]]:
+    """Metric -> accuracy of every class, in SAEBench's order."""
+    metrics = {}
+    for who in ("sae", "llm"):
+        full_T = one.scores[who].full_T
+        if full_T is not None:
+            metrics[metric_name(who, None)] = full_T.tolist()
+    for who in ("llm", "sae"):
+        for k, right_TM in one.scores[who].right.items():
+            metrics[metric_name(who, k)] = right_TM.double().mean(1).tolist()
+    return metrics
 
 
 def extras(results: Sequence[DatasetScores], data: Sequence[LabelledText]) -> dict[str, Any]:

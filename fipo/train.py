@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fipo import lsh, objective
 from fipo.activations import build_activation
+from fipo.checkpoint import check_tensors
 from fipo.config import RunConfig
 from fipo.decoding import decode_levels
 from fipo.errors import UserError
@@ -50,7 +51,8 @@ class TrainState:
         return tensors | counters | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave, in place."""
+        """Restore what `state_dict` gave, in place; anything else is refused."""
+        check_tensors(tensors, self._expected(tensors), "checkpoint")
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -63,9 +65,21 @@ class TrainState:
         self.importance.load_state_dict(part("importance."))
         if self.reservoir is not None:
             self.reservoir.load_state_dict(part("reservoir."))
-        self.pairs_P2 = tensors["pairs_P2"].to(self.pairs_P2.device)
+        self.pairs_P2 = tensors["pairs_P2"].to(self.pairs_P2.device, copy=True)
         self.step = int(tensors["step"])
         self.generator.set_state(tensors["generator"].cpu())
+
+    def _expected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors like those that `load_state_dict` takes: Adam has moments once it has stepped, pairs any number."""
+        expected = self.state_dict()
+        if int(tensors.get("step", torch.zeros(1)).sum()):
+            for name, parameter in self.sae.named_parameters():
+                expected |= {f"adam.{name}.{moment}": parameter for moment in ("exp_avg", "exp_avg_sq")}
+                expected[f"adam.{name}.step"] = torch.zeros(())
+        pairs_P2 = tensors.get("pairs_P2", self.pairs_P2)
+        if pairs_P2.dim() == 2 and not ((pairs_P2 < 0) | (pairs_P2 >= self.sae.latents)).any():
+            expected["pairs_P2"] = pairs_P2.new_zeros(pairs_P2.shape[0], 2, dtype=torch.int64)
+        return expected
 
 
 def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
@@ -161,13 +175,15 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
         terms, x_hat_BD = loss_terms(state, x_BD, pre_BF, codes, frozen)
     state.optimizer.zero_grad()
     terms.total.backward()
-    sae.project_decoder_gradient()
+    unit_rows = not config.frozen_decoder and not (frozen and config.levels and config.levels.free_norms)
+    if unit_rows:
+        sae.project_decoder_gradient()
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
     check_finite(state, terms, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
     state.optimizer.step()
-    if not config.frozen_decoder:
+    if unit_rows:
         sae.normalise_decoder()
     with torch.no_grad():
         state.importance.commit()
@@ -205,6 +221,9 @@ def loss_terms(
     if config.penalty is not None:
         orthogonality = config.penalty.weight * share * decoder_penalty(state, config.penalty)
     reconstruction = torch.stack([objective.squared_error(x_BD, level_BD) for level_BD in levels]).mean()
+    if config.levels is not None and config.levels.plain > 0 and not frozen:
+        plain_BD = parts_BMD.sum(1) + sae.dec_bias_D
+        reconstruction = torch.lerp(reconstruction, objective.squared_error(x_BD, plain_BD), config.levels.plain)
     return Terms(reconstruction, sparsity, auxiliary, orthogonality), x_hat_BD
 
 
@@ -235,7 +254,11 @@ def latent_levels(state: TrainState) -> Tensor:
     rank_F = torch.arange(latents, device=device)
     if settings.order == "importance":
         rank_F[state.importance.values().argsort(descending=True, stable=True)] = rank_F.clone()
-    ends = torch.tensor([max(1, round(share * latents)) for share in settings.shares], device=device)
+    shares_M = torch.tensor(settings.shares, dtype=torch.float64)
+    if settings.random:
+        drawn = torch.rand(len(shares_M) - 1, generator=state.generator, device=state.generator.device).cpu()
+        shares_M[:-1] = shares_M[0].pow(drawn).sort().values
+    ends = (shares_M * latents).round().long().clamp_min(1).to(device)
     return torch.searchsorted(ends, rank_F, right=True)
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import tiny
 import torch
 from toys import seeded
 
@@ -12,6 +13,7 @@ from fipo.checkpoint import load_tensors
 from fipo.cli import main
 from fipo.export import save_sae
 from fipo.sae import SAE
+from fipo.sae_probes_suite import SuiteDataset
 
 
 @pytest.fixture
@@ -153,3 +155,40 @@ def test_mistakes_are_one_line_and_exit_code_2(case, saved, labelled_folders, ca
 def test_compare_needs_results(tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
     assert "holds no final_info.json" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_suite(monkeypatch):
+    """Two datasets of 300 sentences on two topics instead of the 113."""
+    from fipo import suite_job
+
+    made = []
+    for number in (1, 2):
+        texts = [text for topic in ("sport", "money") for text in tiny.sentences(150, number, topic)]
+        made.append(SuiteDataset(f"{number}_topic", texts, [0] * 150 + [1] * 150))
+
+    monkeypatch.setattr(suite_job, "suite_datasets", lambda names: [d for d in made if not names or d.name in names])
+
+
+@pytest.mark.usefixtures("small_suite")
+def test_suite_of_sae_probes(saved, capsys):
+    out = saved / "out"
+    arguments = ["probe", str(saved / "run_3"), str(saved / "other"), "--suite", "sae-probes", "--out", str(out)]
+    assert main(arguments) == 0
+    shown, told = capsys.readouterr()
+    assert shown.count("mean over 2 datasets of sae-probes, SAE | LLM | random") == 3 and "last tokens" in told
+    record = json.loads((out / "run_3_layer_1_sae_probes_results.json").read_text())
+    assert record["suite"] == "sae-probes" and record["setting"] == "normal" and record["datasets"] == 2
+    accuracies = [scores["sae"]["5"]["accuracy"] for scores in record["results"].values()]
+    assert record["mean"]["sae"]["5"]["accuracy"] == pytest.approx(sum(accuracies) / 2) and min(accuracies) > 0.6
+    margin = [scores["sae"]["1"]["f1"] - scores["random"]["1"]["f1"] for scores in record["results"].values()]
+    assert record["margin_over_random"]["1"]["f1"]["difference"] == pytest.approx(sum(margin) / 2)
+    assert len(record["results"]["1_topic"]["llm"]["2"]["latents"]) == 2
+    assert main(arguments) == 2 and "already holds" in capsys.readouterr().err
+    assert main([*arguments[:4], "sae-probes", "--datasets", "2_topic"]) == 0
+    assert "mean over 1 datasets" in capsys.readouterr().out
+
+
+def test_datasets_must_be_named(saved, capsys):
+    assert main(["probe", str(saved / "other")]) == 2
+    assert "--datasets is missing" in capsys.readouterr().err

@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
 
+from fipo.checkpoint import save_tensors
 from fipo.compare import report
 from fipo.errors import UserError
+
+EVALUATED = {"dataset_names": ["a"], "k_values": [1]}
 
 
 def finished(folder, run, seed, fvu):
@@ -15,10 +19,12 @@ def finished(folder, run, seed, fvu):
         metrics["sae"][f"sae_top_{k}_test_accuracy"] = 0.7 if k == 1 else None
     layer = {
         **{"held_out_fvu": fvu, "held_out_l0": 32.0, "dead_share": 0.01, "mean_max_cosine": 0.25},
+        **{"layer": 3, "dict_size": 64, "training_steps": 40, "eval_config": EVALUATED},
         "eval_result_metrics": metrics,
+        "eval_result_details": [{"dataset_name": "a_results", **metrics["llm"], **metrics["sae"]}],
     }
     info = {"run": run, "seed": seed, "workload": "minilm", "layers": {"3": layer}, "git_revision": "abc"}
-    info |= {"versions": {"torch": "2.13.0"}, "hardware": {"cpu": "some"}}
+    info |= {"eval_config": EVALUATED, "versions": {"torch": "2.13.0"}, "hardware": {"cpu": "some"}}
     folder.mkdir()
     (folder / "final_info.json").write_text(json.dumps(info))
     return folder
@@ -31,6 +37,27 @@ def test_seeds_of_one_run_become_a_mean_and_a_spread(tmp_path):
     assert lines[2].startswith("| minilm | run_0 | 3 | 0.500 | 32.0 | 1.00% | 0.250 | 0.700 | 0.600 | - |")
     assert lines[3].startswith("| minilm | run_3 | 3 | 0.300 ± 0.100 | 32.0 ± 0.0 |")
     assert "run_0: 1; run_3: 1, 2, 3" in report(folders)
+
+
+def test_the_table_is_markdown_and_three_runs_are_compared_as_a_whole_only(tmp_path):
+    folders = []
+    for run, right in (("run_0", 5), ("run_3", 8), ("run_6", 10)):
+        folders.append(finished(tmp_path / run, run, 1, 0.3))
+        rows_TM = torch.arange(10).repeat(2, 1)
+        answers = {"topics/rows_TM": rows_TM, "topics/sae_top_1/right_TM": rows_TM < right}
+        save_tensors(folders[-1] / "layer_3" / "probing_outcomes.safetensors", answers)
+    lines = report(folders).splitlines()
+    for number, line in enumerate(lines):
+        if set(line) == {"|", "-"}:
+            assert line.count("|") == lines[number - 1].count("|")
+    compared = [line for line in lines if line.startswith("| run_")]
+    assert [line.split("|")[1:4] for line in compared] == [
+        [" run_3 - run_0 ", " 3 ", " all "],
+        [" run_6 - run_0 ", " 3 ", " all "],
+    ]
+    assert "+0.300 [" in compared[0] and "+0.500 [" in compared[1] and compared[0].endswith("| - |")
+    both = [line for line in report(folders[:2]).splitlines() if line.startswith("| run_3 - run_0")]
+    assert [line.split("|")[3].strip() for line in both] == ["all", "topics"]
 
 
 def test_an_unfinished_run_is_named(tmp_path):

@@ -4,14 +4,16 @@ import pytest
 import torch
 from toys import seeded
 
-from fipo import evaluate
 from fipo.activations import ReLU
 from fipo.config import Probing
 from fipo.data.labelled import load_labelled
 from fipo.data.lm import LanguageModel
+from fipo.data.prepare import probe_chunks
 from fipo.errors import UserError
 from fipo.evaluate import Draws, Subject, probe
+from fipo.pooling import FeatureMap, pool
 from fipo.randomness import generator_for
+from fipo.replay import replay
 from fipo.sae import SAE
 from fipo.summary import accuracies, extras, outcomes
 from fipo.uncertainty import Answers, dataset_error
@@ -105,8 +107,6 @@ def test_bfloat16_is_close_and_not_the_same(lm, data):
     )
     means = [[one.scores["sae"].right[5].double().mean().item() for one in result] for result in (exact, rounded)]
     assert means[0] == pytest.approx(means[1], abs=0.1)
-    codes = evaluate._encode(lambda: subject().sae, torch.bfloat16, torch.randn(9, 16, generator=seeded()))
-    assert codes.dtype == torch.bfloat16
 
 
 def test_repeats_have_a_spread_and_leave_the_result_alone(lm, data):
@@ -148,6 +148,24 @@ def test_summary_is_the_scores(lm, data):
     described = more["eval_result_datasets"]
     assert [entry["selected_texts_sha256"] for entry in described] == [one.fingerprint for one in data]
     assert described[0]["train_texts"] == 60 and described[0]["classes"] == list(data[0].train)
+
+
+def test_saebenchs_random_numbers_are_replayed_over_all_datasets(lm, data):
+    subjects = {"a": subject(0, 1), "b": subject(1, 2)}
+    asked = with_(rng="saebench")
+    results = probe(lm, data, subjects, asked, 5)
+    pooled = probe(lm, data, subjects, PROBING, 5)
+    for name, (layer, sae, _) in subjects.items():
+        generator = torch.Generator().manual_seed(5)  # one stream an SAE, through all datasets
+        for one, default, text in zip(results[name], pooled[name], data, strict=True):
+            maps = [FeatureMap(layer, 16, lambda acts_BD: acts_BD, ("llm",), channels=True)]
+            maps.append(FeatureMap(layer, 32, sae.encode, ("sae",)))
+            llm_ND, sae_NF = pool(probe_chunks(text.texts, lm), len(text.texts), maps, lm.layers)
+            expected = replay(llm_ND, sae_NF, [20] * 3, [10] * 3, (1, 5), generator)
+            assert one.replayed == expected and default.replayed is None
+            found = accuracies([one])[text.name]
+            assert {metric: list(by_class.values()) for metric, by_class in found.items()} == expected
+            assert one.scores["sae"].right[5].equal(default.scores["sae"].right[5])
 
 
 def test_random_control_is_drawn_by_the_seed(lm, data):

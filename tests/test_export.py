@@ -189,13 +189,65 @@ def test_wrong_threshold_shape(tmp_path):
         ({"architecture": "gated"}, "architecture gated is not one of standard, topk, jumprelu"),
         ({"d_sae": LATENTS + 1}, "expected finite"),
         ({"normalize_activations": "expected_average_only_in"}, "normalize_activations is not folded"),
-        ({"d_in": None}, "expected"),
+        ({"d_in": None}, "d_in is None; expected int"),
+        ({"d_in": True}, "d_in is True; expected int"),
+        ({"d_in": float(WIDTH)}, "d_in is 8.0; expected int"),
+        ({"d_sae": 10**12}, "expected finite"),
+        ({"d_sae": -1}, "d_sae is -1; expected int"),
+        ({"architecture": ["standard"]}, "architecture is .'standard'.; expected str"),
+        ({"apply_b_dec_to_input": 1}, "apply_b_dec_to_input is 1; expected bool"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations is not folded"),
+        ({"architecture": "topk", "k": LATENTS + 1}, "k is 17; expected at most d_sae, 16"),
+        ({"architecture": "topk", "k": "3"}, "k is '3'; expected int"),
+        ({"architecture": "topk", "k": 0}, "k is 0; expected int"),
+        ({"architecture": "jumprelu", "d_sae": 10**12}, "expected finite"),
     ],
 )
 def test_wrong_config(tmp_path, change, text):
     save(tmp_path, trained("relu"))
     write_json(tmp_path / "cfg.json", read_json(tmp_path / "cfg.json") | change)
     with pytest.raises(UserError, match=text):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "1", "[" * 10_000, '{"d_in": NaN}', '{"d_in": 1, "d_in": 1}', ""])
+def test_a_config_that_is_no_mapping(tmp_path, content):
+    save(tmp_path, trained("relu"))
+    (tmp_path / "cfg.json").write_text(content)
+    with pytest.raises(UserError, match="cfg.json"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats(folder, dtype):
+    change_tensors(folder, lambda tensors: tensors.update(b_dec=torch.ones(WIDTH).to(dtype)))
+    with pytest.raises(UserError, match=f"layer_3: tensor b_dec is {dtype} .8,. or not finite; expected finite"):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_in_other_floats(folder, dtype):
+    change_tensors(folder, lambda tensors: tensors.update(b_dec=tensors["b_dec"].to(dtype)))
+    sae = load_sae(folder)
+    assert sae.mean_D.dtype == torch.float32
+
+
+def test_weights_too_large_for_float32(folder):
+    change_tensors(folder, lambda tensors: tensors.update(b_dec=torch.full((WIDTH,), 1e300, dtype=torch.float64)))
+    with pytest.raises(UserError, match="tensor b_dec is torch.float64 .8,. or not finite"):
+        load_sae(folder)
+
+
+def test_an_unknown_tensor(folder):
+    change_tensors(folder, lambda tensors: tensors.update(scaling_factor=torch.ones(LATENTS)))
+    with pytest.raises(UserError, match="tensor scaling_factor is unknown; expected W_enc"):
+        load_sae(folder)
+
+
+def test_topk_that_rescales_by_norms_other_than_one(tmp_path):
+    save(tmp_path, trained("topk"))
+    change_tensors(tmp_path, lambda tensors: tensors.update(W_dec=2 * tensors["W_dec"]))
+    with pytest.raises(UserError, match="decoder rows are not of unit norm; fold the norm before saving"):
         load_sae(tmp_path)
 
 

@@ -5,12 +5,22 @@ import hashlib
 import math
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from fipo.errors import UserError
-from fipo.files import read_json, replacing, replacing_folder, sha256_file, sha256_json, write_json, write_text
+from fipo.files import (
+    read_json,
+    remove_temporaries,
+    replacing,
+    replacing_folder,
+    sha256_file,
+    sha256_json,
+    write_json,
+    write_text,
+)
 
 
 def full_disk(*_args, **_keywords):
@@ -104,11 +114,49 @@ def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
     assert read_json(tmp_path / "a.json") == 1
 
 
-@pytest.mark.parametrize("text", ["{", "", "[" * 100_000, "\ud800"])
+STRANGE = ["NaN", '{"a": -Infinity}', "1e999", '{"a": 1, "a": 1}', "9" * 5000]
+
+
+@pytest.mark.parametrize("text", ["{", "", "[" * 100_000, "\ud800", *STRANGE])
 def test_damaged_json_is_a_user_error_that_names_it(tmp_path, text):
     (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError, match="a.json is not readable JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_json_beyond_all_measure_is_not_read(tmp_path):
+    """A sparse file of 1 TB takes neither time nor memory."""
+    with open(tmp_path / "a.json", "wb") as opened:
+        opened.truncate(2**40)
+    with pytest.raises(UserError, match="a.json is larger than 64 MB: no file of ours"):
+        read_json(tmp_path / "a.json")
+
+
+def test_temporaries_are_removed_and_nothing_else(tmp_path):
+    left = [".a.json.17.tmp", "below/.b.3.tmp", ".folder.4.tmp/inside"]
+    own = ["a.json", ".note.tmp", "b.3.tmp", ".c.tmp.3", "below/c"]
+    for name in left + own:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    remove_temporaries(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == sorted(own)
+
+
+def test_temporaries_of_the_living_stay_where_others_may_write(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for process in (dead.pid, os.getpid(), os.getppid()):
+        (tmp_path / f".a.{process}.tmp").write_text("x")
+    remove_temporaries(tmp_path, of_the_dead=True)
+    assert names(tmp_path) == sorted(f".a.{process}.tmp" for process in (os.getpid(), os.getppid()))
+
+
+def test_a_link_is_removed_and_not_what_it_points_at(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a").write_text("x")
+    (tmp_path / ".link.5.tmp").symlink_to(tmp_path / "precious")
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == ["precious"] and names(tmp_path / "precious") == ["a"]
 
 
 def test_missing_json_is_a_user_error_that_names_it(tmp_path):
@@ -129,3 +177,4 @@ def test_sha256_of_json_ignores_the_order_of_keys_alone():
 
 def test_user_error_is_one_line():
     assert str(UserError("a\n   b\tc")) == "a b c"
+    assert len(str(UserError("x" * 10**6))) < 1100

@@ -2,8 +2,10 @@
 finished folder stays as it is, and that what is no result is an error."""
 
 import dataclasses
-import errno
 import json
+import os
+import shutil
+import signal
 import struct
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
+import toys
 import yaml
 
 from fipo import checkpoint, job, loop, runs
@@ -20,10 +23,13 @@ from fipo.data.lm import LanguageModel
 from fipo.errors import UserError
 from fipo.export import load_sae
 from fipo.files import read_json
+from fipo.lock import locked
 from fipo.report import check_is_result
+from fipo.results import read_result
+from fipo.signals import Interrupted
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-QUICK = {"log_every": 5, "checkpoint_every": 15}
+QUICK = {"log_every": 5, "checkpoint_every": 15, "checkpoint_share": 1e9}
 FINAL_KEYS = (
     "training_steps final_loss layer dict_size learning_rate sparsity_penalty held_out_fvu held_out_l0 held_out_tokens "
     "dead_share mean_max_cosine eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics "
@@ -122,6 +128,10 @@ def test_final_info(finished):
     assert "torch" in info["versions"] and info["git_revision"] and info["hardware"]["cores"]
 
 
+def test_the_record_is_read_as_one(finished):
+    assert read_result(finished) == read_json(finished / "final_info.json")
+
+
 def test_training_log(finished):
     lines = log(finished)
     assert [(line["step"], line["layer"]) for line in lines] == [(s, n) for s in range(5, 45, 5) for n in (0, 1)]
@@ -206,7 +216,7 @@ def test_interrupted_run_goes_on_bit_for_bit(tmp_path, finished, values, monkeyp
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_at(patch, step)
         start(out_dir, values)
-    assert not (out_dir / "final_info.json").exists() and (out_dir / loop.CHECKPOINT).exists() == (step >= 15)
+    assert not (out_dir / "final_info.json").exists() and (out_dir / loop.CHECKPOINTS).exists() == (step >= 15)
     logged = [line["step"] for line in log(out_dir)] if step >= 5 else []
     assert logged == [s for s in range(5, step + 1, 5) for _ in (0, 1)]
     steps = []
@@ -339,25 +349,185 @@ def test_mistakes_in_the_probing_text_are_told_before_training(tmp_path, values,
         start(tmp_path / "run_0", values | {"probing": probing})
 
 
-def test_full_disk_while_training_leaves_the_last_checkpoint(tmp_path, finished, values, monkeypatch):
-    """The second checkpoint does not fit; after that is put right the run goes on from the first."""
-    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+def full_at(monkeypatch, number):
+    """The disk is full when the safetensors file of that number is written."""
     calls = []
     original = safetensors.torch.save_file
 
     def full(*given, **named):
         calls.append(1)
-        if len(calls) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
+        if len(calls) == number:
+            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
         return original(*given, **named)
 
-    out_dir = tmp_path / "run_3"
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write .*checkpoint.*No space left"):
-        patch.setattr(checkpoint.safetensors.torch, "save_file", full)
-        start(out_dir, values)
-    assert int(checkpoint.load_tensors(out_dir / loop.CHECKPOINT)["layer_0/step"]) == 15
+    monkeypatch.setattr(checkpoint.safetensors.torch, "save_file", full)
+
+
+def checkpoints(out_dir):
+    return sorted(path.name for path in (out_dir / loop.CHECKPOINTS).glob("*"))
+
+
+def test_full_disk_at_a_checkpoint_does_not_stop_the_run(tmp_path, finished, values, monkeypatch, capsys):
+    """The second checkpoint does not fit: the first stays, and so does the result."""
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    out_dir, kept = tmp_path / "run_3", []
+    original = job.export
+    monkeypatch.setattr(job, "export", lambda *given: kept.append(checkpoints(out_dir)) or original(*given))
+    full_at(monkeypatch, 2)
     start(out_dir, values)
+    said = capsys.readouterr().err
+    assert "warning: no checkpoint at step 30, the run goes on: cannot write" in said and "No space left" in said
+    assert kept[0] == ["step_15"] and weights(out_dir) == weights(finished)
+
+
+def test_full_disk_at_a_result_stops_and_goes_on_later(tmp_path, finished, values, monkeypatch):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    out_dir = tmp_path / "run_3"
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot write .*layer_0/sae_weights.*No space"):
+        full_at(patch, 3)
+        start(out_dir, values)
+    assert checkpoints(out_dir) == ["step_15", "step_30"]
+    start(out_dir, values)
+    assert weights(out_dir) == weights(finished) and files(out_dir).keys() == files(finished).keys()
+
+
+@pytest.mark.parametrize("step", [7, 39])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_training_saves_first(tmp_path, finished, values, monkeypatch, step, number):
+    """In the middle and in the last step: the one under way is finished, saved, and not done again."""
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    out_dir, steps = tmp_path / "run_3", []
+    original = loop.train_step
+
+    def train_step(state, acts_BD):
+        steps.append(state.step)
+        if state.step == step and steps.count(step) == 1:
+            os.kill(os.getpid(), number)
+        return original(state, acts_BD)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    with pytest.raises(Interrupted) as caught:
+        start(out_dir, values)
+    assert caught.value.exit_code == 128 + number
+    assert checkpoints(out_dir)[-1] == f"step_{step + 1}" and not list(out_dir.rglob(".*"))
+    start(out_dir, values)
+    assert steps == [n for n in range(40) for _ in (0, 1)]
     assert weights(out_dir) == weights(finished)
+    assert log(out_dir, timeless=True) == log(finished, timeless=True)
+
+
+def test_a_signal_elsewhere_leaves_nothing_half_written(tmp_path, values, monkeypatch, own_cache):
+    """While text goes through the model, and while the result is written."""
+    out_dir = tmp_path / "run_0"
+
+    def stop(*_given, **_named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    for owner, name in ((LanguageModel, "activations"), (job, "measure"), (job.report, "draw")):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(owner, name, stop)
+            start(out_dir, values)
+        assert not [path for path in [*tmp_path.rglob(".*"), *own_cache.rglob(".*")] if path.is_file()]
+        assert not list(own_cache.rglob("*.tmp")) and not (out_dir / "final_info.json").exists()
+    start(out_dir, values)
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path, finished, values, monkeypatch):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    out_dir = tmp_path / "run_3"
+    (out_dir / "layer_0").mkdir(parents=True)
+    (out_dir / loop.CHECKPOINTS / ".step_15.123.tmp").mkdir(parents=True)
+    for name in (".lock", ".writable", ".config.yaml.7.tmp", "layer_0/.cfg.json.8.tmp"):
+        (out_dir / name).write_text("x")
+    start(out_dir, values)
+    assert files(out_dir).keys() == files(finished).keys()
+
+
+def test_two_processes_in_one_folder(tmp_path, values):
+    out_dir = tmp_path / "run_3"
+    with locked(out_dir / ".lock"), pytest.raises(UserError, match="another process is working in .*run_3; wait until"):
+        start(out_dir, values)
+    assert [path.name for path in out_dir.iterdir()] == ["config.yaml"]
+
+
+def test_finished_while_we_waited_for_the_lock(tmp_path, finished, values, monkeypatch):
+    """The other process ended between our look at the folder and our lock."""
+    out_dir = tmp_path / "run_3"
+    shutil.copytree(finished, out_dir)
+    final = (out_dir / "final_info.json").read_text()
+    (out_dir / "final_info.json").unlink()
+    original = job.writable
+
+    def writable(folder):
+        (folder / "final_info.json").write_text(final)
+        return original(folder)
+
+    monkeypatch.setattr(job, "writable", writable)
+    with pytest.raises(UserError, match="holds a finished run, which is never overwritten"):
+        start(out_dir, values)
+    assert files(out_dir) == files(finished)
+
+
+def test_killed_right_after_the_record_was_written(tmp_path, finished, values):
+    out_dir = tmp_path / "run_3"
+    shutil.copytree(finished, out_dir)
+    (out_dir / loop.CHECKPOINTS / "step_30").mkdir(parents=True)
+    for left in (loop.CHECKPOINTS, ".lock"):
+        (out_dir / ".lock").touch()
+        with pytest.raises(UserError, match="holds a finished run"):
+            start(out_dir, values)
+        assert files(out_dir) == files(finished) and not (out_dir / left).exists()
+
+
+def test_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path, finished, values, monkeypatch, capsys):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    out_dir = tmp_path / "run_3"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 32)
+        start(out_dir, values)
+    (out_dir / loop.CHECKPOINTS / "step_30" / "state.safetensors").write_bytes(b"half")
+    steps, original = [], loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda state, acts: steps.append(state.step) or original(state, acts))
+    start(out_dir, values)
+    assert steps[0] == 15 and "step_30 is damaged" in capsys.readouterr().err
+    assert weights(out_dir) == weights(finished) and log(out_dir, timeless=True) == log(finished, timeless=True)
+
+
+def test_checkpoint_of_another_config(tmp_path, finished, values, monkeypatch):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    out_dir = tmp_path / "run_3"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 20)
+        start(out_dir, values)
+    config = yaml.safe_load((out_dir / "config.yaml").read_text())
+    config["workload"]["learning_rate"] = 0.004
+    (out_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match="step_15 belongs to another config, text or model"):
+        start(out_dir, values)
+
+
+def test_logging_and_saving_at_every_step_changes_no_weight(tmp_path, finished, values, monkeypatch):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    often = start(tmp_path / "run_3", values, log_every=1, checkpoint_every=1)
+    assert weights(often) == weights(finished)
+    assert len(log(often)) == 80 and log(often, timeless=True)[8:10] == log(finished, timeless=True)[:2]
+
+
+def test_checkpoints_keep_to_their_share_of_the_time(monkeypatch, tmp_path):
+    """A clock that moves by hand: steps of 1 s, checkpoints of 3 s, a share of a tenth."""
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *_given: now.__setitem__(0, now[0] + 3))
+    config = toys.run_config("run_0", steps=1000, checkpoint_every=5, checkpoint_share=0.1)
+    saver, saved = loop.Saver(config, tmp_path, "key"), []
+    for step in range(1, 1001):
+        now[0] += 1
+        if saver.due(step):
+            saver.save(step, {})
+            saved.append(step)
+        assert saver.spent <= max(3.0, 0.1 * now[0])
+    assert saved[0] == 5 and all(step % 5 == 0 for step in saved) and saver.spent == 3 * len(saved) > 90
 
 
 def test_store_is_not_rewritten_while_it_is_whole(finished, values, monkeypatch, tmp_path):

@@ -1,5 +1,7 @@
 """fipo.data.labelled: local folders of labelled text are cut to size, drawn by the seed, and checked."""
 
+import json
+
 import pytest
 import tiny
 
@@ -128,3 +130,26 @@ def test_no_test_text_is_a_training_text(tmp_path):
 def test_unknown_name():
     with pytest.raises(UserError, match="probing dataset no/such is neither a folder nor known; known are sae-probes/"):
         load("no/such")
+
+
+@pytest.mark.parametrize(
+    ("columns", "description", "text"),
+    [
+        ({"text": [1, 2], "label": ["a", "b"]}, None, "text is int, label str; expected text"),
+        ({"text": [["a"], ["b"]], "label": ["a", "b"]}, None, "text is list"),
+        ({"text": ["a", "b"], "label": [0.5, 1.5]}, None, "label float"),
+        ({"text": ["a", "b"], "label": [0, 2]}, {"label_names": ["x", "y"]}, "label 2 is no number below 2, as"),
+        ({"text": ["a", "b"], "label": [0, -1]}, {"label_names": ["x", "y"]}, "label -1 is no number below 2, as"),
+        ({"text": ["a", "b"], "label": ["x", "y"]}, {"label_names": ["x", "y"]}, "label 'x' is no number below 2"),
+        ({"text": ["a", "b"], "label": [0, 1]}, {"label_names": {"0": "x"}}, "dataset.json holds no list of texts"),
+        ({"text": ["a", "b"], "label": [0, 1]}, {"label_names": [1, 2]}, "dataset.json holds no list of texts"),
+        ({"text": ["a", "b"], "label": [0, 1]}, [], "dataset.json holds no list of texts"),
+    ],
+)
+def test_columns_and_descriptions_of_other_types(tmp_path, columns, description, text):
+    for split in ("train", "test"):
+        tiny.write_parquet(tmp_path / f"{split}.parquet", columns)
+    if description is not None:
+        (tmp_path / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(UserError, match=text):
+        load_labelled(str(tmp_path), Probing(datasets=("x",), train_per_class=2, test_per_class=2), 0)

@@ -262,3 +262,15 @@ def test_blocks_are_the_list_of_the_right_length():
 def test_architecture_without_blocks():
     with pytest.raises(UserError, match="Linear has no list of 3 blocks"):
         find_blocks(torch.nn.Linear(2, 2), 3)
+
+
+@pytest.mark.parametrize("inside", ["../../etc", "a/../..", "/etc", "", ".", "a//b"])
+def test_no_path_leads_out_of_a_package(inside):
+    with pytest.raises(UserError, match="is not of the form package:NAME/FOLDER inside an installed"):
+        resolve_model(f"package:safetensors/{inside}")
+
+
+def test_a_package_is_a_plain_name():
+    """A dotted one would be imported to be found."""
+    with pytest.raises(UserError, match="is not of the form package:NAME/FOLDER"):
+        resolve_model("package:os.path/folder")

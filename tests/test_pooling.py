@@ -26,8 +26,8 @@ def chunks(size):
 def maps():
     weight_DF = torch.randn(WIDTH, 9, generator=seeded(1))
     return [
-        FeatureMap(5, WIDTH, lambda acts_BD: acts_BD, ("llm",)),
-        FeatureMap(2, 9, lambda acts_BD: (acts_BD @ weight_DF).relu(), ("sae", "a")),
+        FeatureMap(5, WIDTH, lambda acts_BD: acts_BD, ("llm",), channels=True),
+        FeatureMap(2, 9, lambda acts_BD: (acts_BD.float() @ weight_DF).relu(), ("sae", "a")),
     ]
 
 
@@ -46,8 +46,21 @@ def test_bfloat16_rounds_the_sum_and_the_mean():
     (llm_ND,) = pool(chunks(4), TEXTS, maps()[:1], LAYERS, precision="bfloat16")
     acts_NLD, owner_N = tokens()
     for text in range(TEXTS):
-        mine = acts_NLD[owner_N == text][:, 1]
-        assert torch.equal(llm_ND[text], (mine.sum(0).bfloat16() / len(mine)).float())
+        mine = acts_NLD[owner_N == text][:, 1].bfloat16()
+        torch.testing.assert_close(
+            llm_ND[text], (mine.float().sum(0).bfloat16() / len(mine)).float(), rtol=2**-8, atol=0
+        )
+        assert torch.equal(llm_ND[text], llm_ND[text].bfloat16().float())
+
+
+def test_a_token_that_sums_to_zero_does_not_count_in_bfloat16():
+    """It adds to the channels' sum, not to the count, and not to the codes."""
+    acts_NLD = torch.tensor([[1.0, -1.0], [2.0, 0.5]])[:, None]
+    both = [FeatureMap(0, 2, lambda acts_BD: acts_BD, ("llm",), channels=True)]
+    both.append(FeatureMap(0, 2, lambda acts_BD: acts_BD.relu(), ("sae",)))
+    chunk = [Chunk(acts_NLD, torch.tensor([0, 0]))]
+    assert [one.tolist() for one in pool(chunk, 1, both, (0,), precision="bfloat16")] == [[[3.0, -0.5]], [[2.0, 0.5]]]
+    assert [one.tolist() for one in pool(chunk, 1, both, (0,))] == [[[1.5, -0.25]], [[1.5, 0.25]]]
 
 
 def test_a_text_without_tokens_is_named():

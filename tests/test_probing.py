@@ -213,3 +213,29 @@ def test_full_accuracies_are_seeded_and_change_nothing():
     first_T, second_T, other_T = (full_accuracies(train_NF, test_NF, train, train, seeded(seed)) for seed in (4, 4, 5))
     assert torch.equal(first_T, second_T) and not torch.equal(first_T, other_T)
     assert torch.equal(train_NF, before)
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_a_full_probe_is_a_plain_training_loop(share):
+    """nn.Linear, binary cross-entropy and AdamW from torch's own stream, one task; on sparse and on dense features."""
+    on_NF = torch.rand(750, 40, generator=seeded(8)) < share
+    train_NF, test_NF, train = features(750, 40) * on_NF, features(750, 40, 2) * on_NF, random_tasks([150] * 5)
+    train_NF[:150, 3], test_NF[:150, 3] = 2.0, 2.0
+    task = Tasks(train.rows_TM[:1], train.labels_TM[:1])
+    x_MF, y_M, x_test_MF = train_NF[task.rows_TM[0]], task.labels_TM[0], test_NF[task.rows_TM[0]]
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        linear, best, waited = torch.nn.Linear(40, 1), 0.0, 0
+        optimizer = torch.optim.AdamW(linear.parameters(), lr=0.01)
+        for _ in range(100):
+            for part_B in torch.randperm(300).split(250):
+                optimizer.zero_grad()
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(linear(x_MF[part_B])[:, 0], y_M[part_B])
+                loss.backward()
+                optimizer.step()
+            accuracy = ((linear(x_test_MF)[:, 0] > 0) == (y_M > 0)).float().mean().item()
+            best, waited = (accuracy, 0) if accuracy > best else (best, waited + 1)
+            if waited == 10:
+                break
+    assert full_accuracies(train_NF, test_NF, task, task, seeded(9)).item() == pytest.approx(best, abs=1e-6)
+    assert best > 0.7

@@ -8,6 +8,8 @@ from fipo.data import store
 from fipo.data.harvest import Chunk
 from fipo.data.store import cache_root, open_or_harvest
 from fipo.errors import UserError
+from fipo.files import read_json, sha256_file, write_json
+from fipo.lock import locked
 
 LAYERS, WIDTH = 2, 3
 
@@ -108,6 +110,110 @@ def test_damaged_store_is_harvested_again(damage):
     again = open_or_harvest({"key": 1}, produce, tokens=None)
     assert calls == [1] and torch.equal(again.read(0, 37), whole())
     assert open_or_harvest({"key": 1}, never, tokens=None).tokens == 37
+
+
+def shard_changes(manifest, **changes):
+    return manifest | {"shards": [manifest["shards"][0] | changes, *manifest["shards"][1:]]}
+
+
+LIES = {
+    "list": lambda _: [],
+    "format": lambda m: m | {"format": 99},
+    "key": lambda m: m | {"key": {"key": 2}},
+    "unknown field": lambda m: m | {"more": 1},
+    "fewer tokens": lambda m: m | {"tokens": 36},
+    "no tokens": lambda m: m | {"tokens": 0},
+    "a text": lambda m: m | {"tokens": "37"},
+    "huge": lambda m: m | {"tokens": 10**30},
+    "shard missing": lambda m: m | {"shards": m["shards"][:3]},
+    "shards of another type": lambda m: m | {"shards": "abcd"},
+    "shard of another type": lambda m: m | {"shards": [1, 2, 3, 4]},
+    "above": lambda m: shard_changes(m, file="../precious"),
+    "absolute": lambda m: shard_changes(m, file="/etc/passwd"),
+    "another shard": lambda m: shard_changes(m, file=m["shards"][1]["file"], sha256=m["shards"][1]["sha256"]),
+    "shard's tokens": lambda m: shard_changes(m, tokens=9),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_manifest_that_lies_is_not_followed(own_cache, lie):
+    first = open_or_harvest({"key": 1}, chunks, tokens=None)
+    (own_cache / "precious").write_text("content")
+    write_json(first.folder / "manifest.json", LIES[lie](first.manifest))
+    again = open_or_harvest({"key": 1}, chunks, tokens=None)
+    assert again.manifest == first.manifest and torch.equal(again.read(0, 37), whole())
+    assert (own_cache / "precious").read_text() == "content"
+
+
+def change_shard(folder, **tensors):
+    """Other tensors in the first shard, and its right checksum in the manifest."""
+    file, manifest = folder / "shard_00000.safetensors", read_json(folder / "manifest.json")
+    store.write_tensors(file, tensors)
+    write_json(folder / "manifest.json", shard_changes(manifest, sha256=sha256_file(file)))
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"acts_NLD": torch.ones(9, LAYERS, WIDTH), "text_N": torch.zeros(9, dtype=torch.int64)},
+        {"acts_NLD": torch.ones(10, LAYERS + 1, WIDTH), "text_N": torch.zeros(10, dtype=torch.int64)},
+        {"acts_NLD": torch.ones(10, WIDTH), "text_N": torch.zeros(10, dtype=torch.int64)},
+        {"acts_NLD": torch.ones(10, LAYERS, WIDTH, dtype=torch.int64), "text_N": torch.zeros(10, dtype=torch.int64)},
+        {"acts_NLD": torch.ones(10, LAYERS, WIDTH).bfloat16(), "text_N": torch.zeros(10, dtype=torch.int64)},
+        {"acts_NLD": torch.ones(10, LAYERS, WIDTH), "text_N": torch.zeros(10)},
+        {"acts_NLD": torch.ones(10, LAYERS, WIDTH)},
+    ],
+)
+def test_a_shard_with_the_wrong_tensors_is_harvested_again(tensors):
+    first = open_or_harvest({"key": 1}, chunks, tokens=None)
+    change_shard(first.folder, **tensors)
+    with pytest.raises(UserError, match="is damaged"):
+        store.ActivationStore(first.folder)
+    assert torch.equal(open_or_harvest({"key": 1}, chunks, tokens=None).read(0, 37), whole())
+
+
+def test_a_link_in_place_of_a_shard_is_not_followed(tmp_path):
+    first = open_or_harvest({"key": 1}, chunks, tokens=None)
+    shard = first.folder / "shard_00000.safetensors"
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="shard_00000.safetensors is damaged"):
+        store.ActivationStore(first.folder)
+
+
+def test_a_shard_that_breaks_while_it_is_in_use():
+    made = open_or_harvest({"key": 1}, chunks, tokens=None)
+    (made.folder / "shard_00000.safetensors").write_bytes(b"x")
+    for call in (lambda: made.read(0, 3), lambda: made.gather(torch.tensor([3])), made.texts):
+        with pytest.raises(UserError, match="shard_00000.safetensors is damaged"):
+            call()
+
+
+def test_the_second_of_two_processes_waits_and_finds_it(own_cache):
+    """Harvested by another process between our look at the cache and our lock."""
+    made = open_or_harvest({"key": 1}, chunks, tokens=None)
+    hidden = made.folder.rename(own_cache / "hidden")
+    original = store.locked
+
+    def other_was_faster(path, **named):
+        hidden.rename(made.folder)
+        return original(path, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "locked", other_was_faster)
+        assert open_or_harvest({"key": 1}, never, tokens=None).folder == made.folder
+
+
+def test_what_killed_processes_left_is_cleared_and_nothing_else(own_cache):
+    made = open_or_harvest({"key": 1}, chunks, tokens=None)
+    names = ("0123.77.tmp", f"{made.folder.name}.78.tmp", "4567.79.tmp", "note.tmp")
+    for name in names:
+        (own_cache / f".{name}").mkdir()
+        (own_cache / f".{name}" / "shard_00000.safetensors").write_text("half")
+    with locked(own_cache / ".4567.lock"):  # somebody is at work on this one
+        (made.folder / "manifest.json").unlink()
+        open_or_harvest({"key": 1}, chunks, tokens=None)
+    assert sorted(path.name for path in own_cache.iterdir()) == [".4567.79.tmp", ".note.tmp", made.folder.name]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

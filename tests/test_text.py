@@ -6,7 +6,8 @@ import pytest
 import tiny
 
 from fipo.config import Text
-from fipo.data.text import open_text
+from fipo.data import text as text_module
+from fipo.data.text import PAUSES, open_text
 from fipo.errors import UserError
 
 TEXTS = ["first text", "second text", "third text"]
@@ -117,3 +118,81 @@ def test_hub_out_of_reach_with_a_revision():
     assert source.fingerprint == "someone/texts@abc/train/text"
     with pytest.raises(UserError, match="dataset someone/texts, split train, cannot be read"):
         list(source.texts())
+
+
+class Stream:
+    """A stream of the hub that breaks off; `breaks` are the records before which it does, one an attempt."""
+
+    def __init__(self, records, breaks):
+        self.records, self.breaks, self.start = records, breaks, 0
+
+    def skip(self, count):
+        self.start = count
+        return self
+
+    def __iter__(self):
+        end = self.breaks.pop(0) if self.breaks else None
+        yield from self.records[self.start : end]
+        if end is not None:
+            raise ConnectionError("reset by peer")
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """The texts of a hub dataset that breaks off, and the waits before each new attempt."""
+    waits = []
+    monkeypatch.setattr(text_module.time, "sleep", waits.append)
+
+    def run(breaks, *passes):
+        records = [[{"text": line} for line in texts] for texts in passes or (TEXTS,)]
+        calls = []
+
+        def load(*_given):
+            calls.append(1)
+            return Stream(records[min(len(calls), len(records)) - 1], breaks)
+
+        monkeypatch.setattr(text_module, "load_hub", load)
+        return open_text(text("someone/texts", revision="abc")).texts(), waits
+
+    return run
+
+
+def test_a_stream_that_breaks_off_goes_on_where_it_was(streamed, capsys):
+    texts, waits = streamed([1, 2, 2, 2])
+    assert list(texts) == TEXTS and waits == [1, 1, 2, 4]  # a record came after the first break
+    assert "someone/texts broke off after record 1; trying again in 1 s" in capsys.readouterr().err
+
+
+def test_a_stream_that_stays_away_is_a_clear_stop(streamed):
+    texts, waits = streamed([2] * 20)
+    with pytest.raises(UserError, match=r"text source someone/texts broke off after record 2 .*reset by peer"):
+        list(texts)
+    assert waits == list(PAUSES)
+
+
+def test_a_stream_that_never_began_is_not_waited_for(streamed):
+    texts, waits = streamed([0])
+    with pytest.raises(UserError, match="broke off after record 0"):
+        list(texts)
+    assert waits == []
+
+
+@pytest.mark.parametrize("second", [["other text", *TEXTS], TEXTS[:1]])
+def test_a_stream_that_comes_back_different_is_a_clear_stop(streamed, second):
+    texts, _ = streamed([2], TEXTS, second)
+    with pytest.raises(UserError, match="came back with another record in place of record 2; give text.revision"):
+        list(texts)
+
+
+def test_a_local_file_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module.time, "sleep", lambda _s: pytest.fail("waited"))
+    path = write(tmp_path, "jsonl")
+    path.write_text(path.read_text() + "{broken\n")
+    with pytest.raises(UserError, match="data.jsonl"):
+        list(open_text(text(path)).texts())
+
+
+def test_a_column_without_text(tmp_path):
+    path = tiny.write_parquet(tmp_path / "data.parquet", {"text": [1, 2]})
+    with pytest.raises(UserError, match="column text holds int; set text.field"):
+        list(open_text(text(path)).texts())

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fipo.checkpoint import check_tensors
 from fipo.data.harvest import Chunk
 from fipo.data.store import ActivationStore
 from fipo.errors import UserError
@@ -20,6 +21,8 @@ from fipo.errors import UserError
 class ActivationSource(Protocol):
     """An endless stream of activations [N, L, D]."""
 
+    key: str
+    """Names the stream: what a checkpoint's position refers to."""
     position: int
     """Token of the stream that comes next; a stream that begins again may count on or from 0."""
 
@@ -40,7 +43,7 @@ class StoredSource:
     """A store, read over and over."""
 
     def __init__(self, store: ActivationStore) -> None:
-        self.store = store
+        self.store, self.key = store, store.folder.name
         self.position = 0
 
     def take(self, count: int) -> Tensor:
@@ -62,9 +65,9 @@ class StoredSource:
 class LiveSource:
     """The language model itself; nothing is kept on disk. When the text ends it begins again."""
 
-    def __init__(self, produce: Callable[[int], Iterator[Chunk]]) -> None:
+    def __init__(self, produce: Callable[[int], Iterator[Chunk]], key: str = "") -> None:
         """`produce(skip)` harvests the text from content token `skip` on."""
-        self._produce = produce
+        self._produce, self.key = produce, key
         self.seek(0)
 
     def take(self, count: int) -> Tensor:
@@ -148,8 +151,14 @@ class ShuffleBuffer:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave."""
-        places_N = state["places_N"]
+        """Restore what `state_dict` gave; anything else is refused."""
+        places_N = state.get("places_N", torch.zeros(0))
+        rows = min(len(places_N), self.places_R.shape[0]) if places_N.dim() else 0
+        expected = self.state_dict() | {"places_N": torch.zeros(rows, dtype=torch.int64)}
+        pool_NLD = state.get("pool_NLD")
+        if pool_NLD is not None:
+            expected["pool_NLD"] = pool_NLD.new_empty(rows, *pool_NLD.shape[1:])
+        check_tensors(state, expected, "checkpoint, buffer")
         acts_NLD = state["pool_NLD"] if "pool_NLD" in state else self.source.recall(places_N)
         assert acts_NLD is not None
         self.filled = 0

@@ -5,6 +5,7 @@ A name is one of SAEBench's eight (fipo.data.saebench_text; NAME@REVISION pins i
 `dataset.json` with `label_names`).
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def load_labelled(name: str, probing: Probing, seed: int) -> LabelledText:
         train, test, found = saebench_text.select(hub_name, *sizes, seed, revision or None)
         counts = {label: len(train[label]) + len(test[label]) for label in train}
         return _checked(LabelledText(hub_name, train, test, found), probing, counts)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return _from_folder(Path(name), probing, seed)
     known = [*sae_probes.DATASETS, *saebench_text.NAMES]
     raise UserError(f"probing dataset {name} is neither a folder nor known; known are {', '.join(known)}")
@@ -89,17 +90,35 @@ def _read_split(folder: Path, split: str) -> dict[str, list[str]]:
         raise UserError(f"dataset {folder} has no {file.name}; expected train.parquet and test.parquet")
     try:
         table = pyarrow.parquet.read_table(file)
-    except (OSError, ValueError) as error:
+        columns = [table[name].to_pylist() for name in ("text", "label") if name in table.column_names]
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"dataset file {file} is not readable parquet: {error}") from error
     if not {"text", "label"} <= set(table.column_names):
         raise UserError(f"dataset file {file} has the columns {', '.join(table.column_names)}; expected text, label")
     description = folder / "dataset.json"
-    names = read_json(description).get("label_names") if description.is_file() else None
+    names = _label_names(description) if description.is_file() else None
     classes: dict[str, list[str]] = {}
-    for text, label in zip(table["text"].to_pylist(), table["label"].to_pylist(), strict=True):
+    for text, label in zip(*columns, strict=True):
+        if not isinstance(text, str | None) or not isinstance(label, str | int):
+            raise UserError(
+                f"dataset file {file}: text is {type(text).__name__}, label {type(label).__name__}; expected "
+                "text, and text or whole numbers"
+            )
+        if names is not None and not (type(label) is int and 0 <= label < len(names)):
+            raise UserError(
+                f"dataset file {file}: label {label!r} is no number below {len(names)}, as {description} says"
+            )
         if text:
-            classes.setdefault(str(names[label]) if names else str(label), []).append(text)
+            classes.setdefault(names[label] if names is not None else str(label), []).append(text)
     return classes
+
+
+def _label_names(description: Path) -> list[str]:
+    value = read_json(description)
+    names = value.get("label_names") if isinstance(value, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{description} holds no list of texts under label_names")
+    return names
 
 
 def _checked(data: LabelledText, probing: Probing, counts: dict[str, int]) -> LabelledText:

@@ -6,6 +6,7 @@ positions, D model width, L layers.
 """
 
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ def resolve_model(model: str) -> Path:
     """The local folder of a model: `package:NAME/FOLDER` inside an installed package, a folder, or a hub id."""
     if model.startswith("package:"):
         package, _, inside = model.removeprefix("package:").partition("/")
+        if not package.isidentifier() or {"", "..", "."} & set(inside.split("/")):
+            raise UserError(f"model {model!r} is not of the form package:NAME/FOLDER inside an installed data package")
         return package_folder(package) / inside
-    if Path(model).is_dir():
+    if os.path.isdir(model):
         return Path(model)
     if model.startswith((".", "/", "~")):
         raise UserError(f"model folder {model} does not exist; expected a folder with config.json and safetensors")
@@ -98,9 +101,15 @@ class LanguageModel:
             )
         try:
             self.model = transformers.AutoModel.from_pretrained(
-                folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
+                folder,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
             raise UserError(f"{folder} does not load as a model with tokeniser: {error}") from error
         self.model.eval().requires_grad_(False).to(device)

@@ -36,7 +36,7 @@ def training_activations(text: Text, lm: LanguageModel) -> tuple[ActivationStore
 
     store = open_or_harvest({**key, "from": 0, "tokens": held}, lambda: shown("held-out", 0, held), held)
     if not text.cached:
-        return store, LiveSource(lambda skip: produce(held + skip))
+        return store, LiveSource(lambda skip: produce(held + skip), store.folder.name)
     trained = open_or_harvest({**key, "from": held, "tokens": tokens}, lambda: shown("harvest", held, tokens), tokens)
     return store, StoredSource(trained)
 

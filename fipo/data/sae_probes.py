@@ -89,6 +89,25 @@ def fingerprint() -> str:
 
 
 @functools.cache
+def binary_files() -> dict[str, int]:
+    """The package's 113 files of binary classification, in its order: name (`5_hist_fig_ismale`) -> file number."""
+    master = package_folder("sae_probes") / "data" / "probing_datasets_MASTER.csv.zst"
+    kinds, paths = _columns(master, "Data type", "Dataset save name")
+    chosen = [path for kind, path in zip(kinds, paths, strict=True) if kind == "Binary Classification"]
+    names = [path.rsplit("/", 1)[-1].split(".")[0] for path in chosen]
+    return {name: int(name.split("_", 1)[0]) for name in names}
+
+
+def binary_texts(name: str) -> tuple[list[str], list[int]]:
+    """All texts of a binary file and their labels, 1 for the target that is last in alphabetical order."""
+    prompts, targets = _read(binary_files()[name])
+    classes = sorted(set(targets))
+    if len(classes) != 2:
+        raise UserError(f"dataset {name} of sae-probes has the targets {classes}; expected two")
+    return prompts, [classes.index(target) for target in targets]
+
+
+@functools.cache
 def _files() -> dict[int, Path]:
     folder = package_folder("sae_probes") / "data" / "cleaned_data"
     files = {int(file.name.split("_", 1)[0]): file for file in folder.glob("*.csv.zst")}
@@ -99,20 +118,24 @@ def _files() -> dict[int, Path]:
 
 def _read(number: int) -> tuple[list[str], list[str]]:
     """Prompts and targets of one file, as strings."""
+    return _columns(_files()[number], "prompt", "target")
+
+
+def _columns(file: Path, first: str, second: str) -> tuple[list[str], list[str]]:
     import pyarrow
     import pyarrow.csv
 
-    with pyarrow.CompressedInputStream(pyarrow.OSFile(str(_files()[number])), "zstd") as stream:
+    with pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd") as stream:
         table = pyarrow.csv.read_csv(
             io.BytesIO(stream.read()),
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
             convert_options=pyarrow.csv.ConvertOptions(
-                include_columns=["prompt", "target"],
-                column_types={"prompt": pyarrow.string(), "target": pyarrow.string()},
+                include_columns=[first, second],
+                column_types={first: pyarrow.string(), second: pyarrow.string()},
                 strings_can_be_null=False,
             ),
         )
-    return table["prompt"].to_pylist(), table["target"].to_pylist()
+    return table[first].to_pylist(), table[second].to_pylist()
 
 
 def _normalised(text: str) -> str:

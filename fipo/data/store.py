@@ -1,27 +1,29 @@
 """Activations on disk: shards in safetensors with a manifest, found again under a key that names all they depend on.
 
-A store appears under its name only when it is complete, so an interrupted harvest leaves nothing that looks whole. On
-opening, every shard is checked against its SHA-256; a damaged store is dropped and harvested again. Shapes: N tokens,
-L layers, D model width.
+A store appears under its name only when it is complete, so an interrupted harvest leaves nothing that looks whole; of
+two processes that need the same one, the second waits. On opening, every shard is checked against the manifest and its
+SHA-256; a damaged store is dropped and harvested again. Shapes: N tokens, L layers, D model width.
 """
 
+import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from fipo.checkpoint import write_tensors
+from fipo.checkpoint import load_tensors, write_tensors
 from fipo.data.harvest import Chunk
 from fipo.errors import UserError
-from fipo.files import read_json, replacing_folder, sha256_file, sha256_json, write_json
+from fipo.files import TEMPORARY, read_json, remove, replacing_folder, sha256_file, sha256_json, write_json
+from fipo.lock import locked
+from fipo.progress import say
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 SHARD_TOKENS = 65_536
 
 
@@ -37,13 +39,16 @@ class ActivationStore:
     def __init__(self, folder: Path) -> None:
         """Open and check; a missing or damaged store is a `UserError`."""
         self.folder = folder
-        self.manifest = read_json(folder / "manifest.json")
-        for shard in self.manifest["shards"]:
-            file = folder / shard["file"]
-            if not file.is_file() or sha256_file(file) != shard["sha256"]:
-                raise UserError(f"{file} is damaged")
+        self.manifest = checked_manifest(folder)
         self.tokens: int = self.manifest["tokens"]
         self._files = [folder / shard["file"] for shard in self.manifest["shards"]]
+        shapes = set()
+        for file, shard in zip(self._files, self.manifest["shards"], strict=True):
+            if file.is_symlink() or not file.is_file() or sha256_file(file) != shard["sha256"]:
+                raise UserError(f"{file} is damaged")
+            shapes.add(_shard_shape(file, shard["tokens"]))
+        if len(shapes) > 1:
+            raise UserError(f"{folder} is damaged: its shards differ in layers, width or dtype")
 
     def read(self, start: int, count: int) -> Tensor:
         """Activations [count, L, D] from token `start`; never past the end."""
@@ -52,22 +57,19 @@ class ActivationStore:
             offset = number * SHARD_TOKENS
             first, last = max(0, start - offset), min(SHARD_TOKENS, start + count - offset)
             # Opened anew each time: a mapped file counts as this process's memory for as long as it stays open.
-            with safetensors.safe_open(self._files[number], framework="pt") as shard:
+            with _shard(self._files[number]) as shard:
                 pieces.append(shard.get_slice("acts_NLD")[first:last].clone())
         return torch.cat(pieces)
 
     def gather(self, places_N: Tensor) -> Tensor:
         """Activations at any places, [N, L, D], in the order given."""
         shard_N, row_N = places_N // SHARD_TOKENS, places_N % SHARD_TOKENS
-        parts = [
-            safetensors.torch.load_file(file)["acts_NLD"][row_N[shard_N == number]]
-            for number, file in enumerate(self._files)
-        ]
+        parts = [load_tensors(file)["acts_NLD"][row_N[shard_N == number]] for number, file in enumerate(self._files)]
         return torch.cat(parts)[shard_N.argsort(stable=True).argsort()]
 
     def texts(self) -> Tensor:
         """Number of the text of every token, [N]."""
-        return torch.cat([safetensors.torch.load_file(file)["text_N"].clone() for file in self._files])
+        return torch.cat([load_tensors(file)["text_N"].clone() for file in self._files])
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All activations in order, [<= size, L, D] at a time."""
@@ -87,14 +89,83 @@ def open_or_harvest(key: dict[str, Any], produce: Callable[[], Iterable[Chunk]],
     `tokens`: how many to keep, or None for all that come.
     """
     folder = cache_root() / sha256_json({"format": FORMAT, **key})[:32]
-    if (folder / "manifest.json").is_file():
-        try:
-            return ActivationStore(folder)
-        except UserError:
-            shutil.rmtree(folder, ignore_errors=True)
-    with replacing_folder(folder) as temporary:
-        _write(temporary, key, produce(), tokens)
-    return ActivationStore(folder)
+    if (store := _find(folder, key)) is not None:
+        return store
+    with locked(_lock(folder), wait=True):
+        if (store := _find(folder, key)) is None:  # else another process has made it meanwhile
+            _clear_stale(folder)
+            with replacing_folder(folder) as temporary:
+                _write(temporary, key, produce(), tokens)
+            store = ActivationStore(folder)
+    return store
+
+
+def _find(folder: Path, key: dict[str, Any]) -> ActivationStore | None:
+    """The store in `folder`; None where there is none, or one that is damaged or of another key."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        store = ActivationStore(folder)
+    except UserError as error:
+        say(f"warning: stored activations are harvested again: {error}")
+        return None
+    return store if store.manifest["key"] == key else None
+
+
+def checked_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a store; one that does not say what ours say, and no more, is a `UserError`."""
+    manifest = read_json(folder / MANIFEST)
+    file = folder / MANIFEST
+    if not isinstance(manifest, dict) or manifest.keys() != {"format", "key", "tokens", "shards"}:
+        raise UserError(f"{file} is no manifest of stored activations")
+    shards, tokens = manifest["shards"], manifest["tokens"]
+    plain = isinstance(shards, list) and type(tokens) is int and 0 < tokens <= len(shards) * SHARD_TOKENS
+    if manifest["format"] != FORMAT or not plain or len(shards) != -(-tokens // SHARD_TOKENS):
+        raise UserError(f"{file} is damaged: format, tokens and shards do not fit together")
+    for number, shard in enumerate(shards):
+        expected = {"file": _shard_name(number), "tokens": min(SHARD_TOKENS, tokens - number * SHARD_TOKENS)}
+        if not isinstance(shard, dict) or {**shard, "sha256": None} != {**expected, "sha256": None}:
+            raise UserError(f"{file} is damaged: shard {number} is not {expected}")
+    return manifest
+
+
+def _shard_name(number: int) -> str:
+    return f"shard_{number:05d}.safetensors"
+
+
+@contextlib.contextmanager
+def _shard(file: Path) -> Iterator[Any]:
+    try:
+        with safetensors.safe_open(file, framework="pt") as shard:
+            yield shard
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file} is damaged: {error}; give the same command again") from error
+
+
+def _shard_shape(file: Path, tokens: int) -> tuple[str, int, int]:
+    """Dtype, layers and width of a shard that holds so many tokens."""
+    with _shard(file) as shard:
+        if set(shard.keys()) != {"acts_NLD", "text_N"}:
+            raise UserError(f"{file} is damaged: it holds other tensors")
+        acts, texts = shard.get_slice("acts_NLD"), shard.get_slice("text_N")
+        shape, dtype = acts.get_shape(), acts.get_dtype()
+        fits = len(shape) == 3 and shape[0] == tokens and dtype in ("F32", "BF16", "F16")
+        if not fits or texts.get_shape() != [tokens] or texts.get_dtype() != "I64":
+            raise UserError(f"{file} is damaged: its tensors have another shape or dtype")
+    return dtype, shape[1], shape[2]
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _clear_stale(ours: Path) -> None:
+    """Remove unfinished stores of processes that were killed: those whose lock nobody holds, or we do."""
+    for path in sorted(ours.parent.glob(".*.tmp")):
+        folder = path.with_name(path.name.split(".")[1])
+        if TEMPORARY.fullmatch(path.name):
+            with contextlib.suppress(UserError), contextlib.nullcontext() if folder == ours else locked(_lock(folder)):
+                remove(path)
 
 
 def _write(folder: Path, key: dict[str, Any], chunks: Iterable[Chunk], tokens: int | None) -> None:
@@ -106,7 +177,7 @@ def _write(folder: Path, key: dict[str, Any], chunks: Iterable[Chunk], tokens: i
         nonlocal held, waiting
         acts_NLD = torch.cat([chunk.acts_NLD.cpu() for chunk in held])
         text_N = torch.cat([chunk.text_N for chunk in held])
-        file = folder / f"shard_{len(shards):05d}.safetensors"
+        file = folder / _shard_name(len(shards))
         write_tensors(file, {"acts_NLD": acts_NLD[:limit], "text_N": text_N[:limit]})
         shards.append({"file": file.name, "tokens": min(limit, len(text_N)), "sha256": sha256_file(file)})
         held = [Chunk(acts_NLD[limit:], text_N[limit:])]
@@ -126,4 +197,4 @@ def _write(folder: Path, key: dict[str, Any], chunks: Iterable[Chunk], tokens: i
         raise UserError(f"the text ends after {total} content tokens; {tokens} were asked for: give more or ask less")
     if waiting:
         flush(waiting)
-    write_json(folder / "manifest.json", {"format": FORMAT, "key": key, "tokens": total, "shards": shards})
+    write_json(folder / MANIFEST, {"format": FORMAT, "key": key, "tokens": total, "shards": shards})

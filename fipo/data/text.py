@@ -1,9 +1,12 @@
 """Training text: a built-in source, a local folder or file, or a dataset of the hub, streamed.
 
 A `TextSource` gives its texts in a fixed order, as often as asked, and a fingerprint that names exactly what they are;
-the activations made from them are cached under it. `datasets` is imported here alone. No dataset script is ever run.
+the activations made from them are cached under it. A stream that breaks off is taken up again where it was. `datasets`
+is imported here alone. No dataset script is ever run.
 """
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,10 @@ from fipo.config import Text
 from fipo.data import sae_probes
 from fipo.errors import UserError
 from fipo.files import sha256_file, sha256_json
+from fipo.progress import say
+
+PAUSES = (1, 2, 4, 8, 15)
+"""Seconds before each new attempt to go on with a stream of the hub that broke off."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +37,15 @@ def open_text(text: Text) -> TextSource:
     if text.source == sae_probes.SOURCE:
         return TextSource(sae_probes.fingerprint(), sae_probes.training_texts)
     path = Path(text.source)
-    if path.exists():
+    if os.path.exists(path):
         fingerprint = sha256_json([_hash_path(path), text.split, text.field])
-        return TextSource(fingerprint, lambda: _column(load_local(path, text.split), text))
+        return TextSource(fingerprint, lambda: _column(lambda: load_local(path, text.split), text, ()))
     if text.source.startswith((".", "/", "~")):
         raise UserError(f"text source {text.source} does not exist; expected a folder or file of parquet, jsonl or txt")
     revision = text.revision or newest_revision(text.source)
     return TextSource(
         f"{text.source}@{revision}/{text.split}/{text.field}",
-        lambda: _column(load_hub(text.source, text.split, revision), text),
+        lambda: _column(lambda: load_hub(text.source, text.split, revision), text, PAUSES),
     )
 
 
@@ -89,19 +96,48 @@ def newest_revision(name: str) -> str:
         ) from error
 
 
-def _column(records: Any, text: Text) -> Iterator[str]:
-    try:
-        for record in records:
-            if text.field not in record:
-                raise UserError(
-                    f"text source {text.source} has the columns {', '.join(record)}, not {text.field}; set text.field"
-                )
-            if record[text.field]:
-                yield record[text.field]
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises many kinds for a damaged file or a stream that breaks off
-        raise UserError(f"text source {text.source} broke off ({type(error).__name__}): {error}") from error
+def _column(load: Callable[[], Any], text: Text, pauses: tuple[float, ...]) -> Iterator[str]:
+    for record in _records(load, text, pauses):
+        if text.field not in record:
+            raise UserError(
+                f"text source {text.source} has the columns {', '.join(record)}, not {text.field}; set text.field"
+            )
+        content = record[text.field]
+        if content is not None and not isinstance(content, str):
+            raise UserError(
+                f"text source {text.source}: column {text.field} holds {type(content).__name__}; set text.field"
+            )
+        if content:
+            yield content
+
+
+def _records(load: Callable[[], Any], text: Text, pauses: tuple[float, ...]) -> Iterator[dict[str, Any]]:
+    """All records in order. After a break the stream is opened anew at the last record that came, which must still be
+    the same; `pauses` are the waits before each attempt, all of them available again once a record has come."""
+    read, last, waits = 0, None, list(pauses)
+    while True:
+        try:
+            stream = iter(load().skip(read - 1) if read else load())
+            same = read == 0 or next(stream, None) == last
+            while same and (record := next(stream, None)) is not None:
+                read, last, waits = read + 1, record, list(pauses)
+                yield record
+            break
+        except Exception as error:  # datasets raises many kinds for a damaged file or a stream that breaks off
+            if read and waits:
+                say(f"text source {text.source} broke off after record {read}; trying again in {waits[0]} s")
+                time.sleep(waits.pop(0))
+                continue
+            if isinstance(error, UserError) and not read:
+                raise
+            raise UserError(
+                f"text source {text.source} broke off after record {read} ({type(error).__name__}): {error}"
+            ) from error
+    if not same:
+        raise UserError(
+            f"text source {text.source} came back with another record in place of record {read}; give text.revision, "
+            "or a local copy"
+        )
 
 
 def _hash_path(path: Path) -> str:

@@ -1,0 +1,140 @@
+"""The suite of sae-probes on saved SAEs: folders -> last-token activations -> a result file each, and a table.
+
+Beside the latents of every SAE stand the model's channels and the latents of a random SAE of about the same L0, chosen
+and fitted in the same way.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fipo import controls, report
+from fipo.data.lm import LanguageModel
+from fipo.errors import UserError
+from fipo.export import load_sae
+from fipo.files import write_json
+from fipo.pooling import keep, read_kept
+from fipo.probe_job import Saved, find_saved, load_model
+from fipo.progress import progress
+from fipo.provenance import hardware, provenance
+from fipo.randomness import generator_for
+from fipo.sae import SAE
+from fipo.sae_probes_suite import SuiteDataset, last_token_activations, probe_scores, suite_datasets
+
+RESULT_SUFFIX = "_sae_probes_results.json"
+METRICS = ("accuracy", "auc", "f1")
+SAMPLE_DATASETS = 8
+"""The first datasets, on whose last tokens the L0 of an SAE is found for its random control."""
+
+Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
+"""dataset -> `sae`, `llm` or `random` -> k -> metric -> value"""
+
+
+def run(
+    folders: Sequence[Path], names: Sequence[str], ks: Sequence[int], seed: int, out: Path | None, **chosen: Any
+) -> None:
+    """Probe, print, and write `out`/NAME_sae_probes_results.json; `names`: some of the datasets, or none for all."""
+    saved = find_saved(folders)
+    files = {one.name: one.name.replace("/", "_") + RESULT_SUFFIX for one in saved}
+    for file in files.values():
+        if out is not None and (out / file).exists():
+            raise UserError(f"{out} already holds {file}; name another --out, or remove it")
+    datasets = list(suite_datasets(names))
+    lm = load_model(saved, **chosen)
+    acts = _all_activations(datasets, lm)
+    origin = {**provenance(), "hardware": hardware(lm.device)}
+    with progress("probing", len(saved) * len(datasets), "datasets") as advance:
+        for one in saved:
+            sae, place = load_sae(one.folder), lm.layers.index(one.layer)
+            if sae.d_in != lm.width or max(ks) > sae.latents:
+                raise UserError(
+                    f"SAE {one.name} has width {sae.d_in} and {sae.latents} latents; the model has width {lm.width}, "
+                    f"and k goes up to {max(ks)}: name its model, or lower --k"
+                )
+            control = _control(sae, torch.cat([acts_NLD[:, place] for acts_NLD in acts[:SAMPLE_DATASETS]]), seed, one)
+            results: Results = {}
+            for data, acts_NLD in zip(datasets, acts, strict=True):
+                results[data.name] = _probe(data, acts_NLD[:, place], sae, control, ks)
+                advance(1, f"{data.name} {one.name}")
+            report.make_console().print(_table(one.name, results, ks))
+            if out is not None:
+                write_json(out / files[one.name], {**_record(one, results, ks, lm), **origin})
+
+
+def _all_activations(datasets: Sequence[SuiteDataset], lm: LanguageModel) -> list[Tensor]:
+    """Last-token activations [N, L, D] of every dataset, from the cache where it has them."""
+    found = []
+    with progress("last tokens", sum(len(data.texts) for data in datasets), "texts") as advance:
+        for data in datasets:
+            key = ["last tokens", lm.weights_hash, lm.tokenizer_hash, list(lm.layers), str(lm.dtype), data.texts]
+            acts_NLD = read_kept(key)
+            if acts_NLD is None:
+                acts_NLD = last_token_activations(data.texts, lm)
+                keep(key, acts_NLD)
+            found.append(acts_NLD)
+            advance(len(data.texts), data.name)
+    return found
+
+
+@torch.no_grad()
+def _control(sae: SAE, sample_BD: Tensor, seed: int, one: Saved) -> SAE:
+    l0 = (sae.encode(sample_BD) > 0).sum().item() / sample_BD.shape[0]
+    generator = generator_for(seed, "random control", one.layer)
+    return controls.random_sae(sae.latents, controls.nearby_l0(l0), sample_BD, generator)
+
+
+@torch.no_grad()
+def _probe(
+    data: SuiteDataset, acts_ND: Tensor, sae: SAE, control: SAE, ks: Sequence[int]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    features = {"sae": sae.encode(acts_ND), "llm": acts_ND, "random": control.encode(acts_ND)}
+    return {
+        who: {str(k): score._asdict() for k, score in probe_scores(values_NF, data.labels, ks).items()}
+        for who, values_NF in features.items()
+    }
+
+
+def _record(one: Saved, results: Results, ks: Sequence[int], lm: LanguageModel) -> dict[str, Any]:
+    means = {
+        who: {str(k): {metric: _mean(results, who, k, metric) for metric in METRICS} for k in ks}
+        for who in ("sae", "llm", "random")
+    }
+    return {
+        "suite": "sae-probes",
+        "setting": "normal",
+        "model": lm.name,
+        "sae": {"name": one.name, "layer": one.layer, "run": one.run.get("run"), "seed": one.run.get("seed")},
+        "datasets": len(results),
+        "mean": means,
+        "margin_over_random": {str(k): {metric: _margin(results, k, metric) for metric in METRICS} for k in ks},
+        "results": results,
+    }
+
+
+def _mean(results: Results, who: str, k: int, metric: str) -> float:
+    return statistics.fmean(scores[who][str(k)][metric] for scores in results.values())
+
+
+def _margin(results: Results, k: int, metric: str) -> dict[str, float | None]:
+    """Mean difference over the datasets, and its standard error from their spread."""
+    values = [scores["sae"][str(k)][metric] - scores["random"][str(k)][metric] for scores in results.values()]
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return {"difference": statistics.fmean(values), "standard_error": error}
+
+
+def _table(title: str, results: Results, ks: Sequence[int]) -> Any:
+    from rich.table import Table
+
+    heading = f"{title}: mean over {len(results)} datasets of sae-probes, SAE | LLM | random"
+    table = Table(title=heading, title_justify="left")
+    table.add_column("metric")
+    for k in ks:
+        table.add_column(f"k={k}", justify="right")
+    for metric in METRICS:
+        cells = (" | ".join(f"{_mean(results, who, k, metric):.3f}" for who in ("sae", "llm", "random")) for k in ks)
+        table.add_row(metric, *cells)
+    return table
