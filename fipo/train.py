@@ -59,8 +59,9 @@ class TrainState:
 
         self.sae.load_state_dict(part("sae."))
         for name, parameter in self.sae.named_parameters():
-            self.optimizer.state[parameter] = {
-                moment: _laid_out_as(parameter, value) for moment, value in part(f"adam.{name}.").items()
+            self.optimizer.state[parameter] = {  # strides are the parameter's: fused Adam runs through memory
+                moment: torch.empty_like(parameter if value.dim() else value, device=parameter.device).copy_(value)
+                for moment, value in part(f"adam.{name}.").items()
             }
         self.importance.load_state_dict(part("importance."))
         if self.reservoir is not None:
@@ -80,12 +81,6 @@ class TrainState:
         if pairs_P2.dim() == 2 and not ((pairs_P2 < 0) | (pairs_P2 >= self.sae.latents)).any():
             expected["pairs_P2"] = pairs_P2.new_zeros(pairs_P2.shape[0], 2, dtype=torch.int64)
         return expected
-
-
-def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
-    """A copy on the parameter's device and with its strides, since fused Adam runs through memory."""
-    copy = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
-    return copy.detach().to(parameter.device, value.dtype).copy_(value)
 
 
 @dataclass(frozen=True)
