@@ -5,7 +5,7 @@
 A good file is changed at random (bits, bytes, ranges, numbers, lengths, nesting, paths, tags), then read by the
 function that reads it in a run. It must be refused in one line (`UserError`), or what was read must be right: equal to
 the original where a checksum covers it, else equal to what a second, independent reader finds, and in range. Counted
-are exceptions of any other kind, reads of more than 5 s or with more than 1 GB of memory, crashes, and wrong values.
+are exceptions of any other kind, reads of more than 5 s of processor time or 1 GB of memory, crashes, and wrong values.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from fipo.log import append_log, read_log  # noqa: E402
 from fipo.records import to_dict  # noqa: E402
 from fipo.sae import SAE  # noqa: E402
 
-SECONDS, MEMORY = 5.0, 2**30
+SECONDS, MEMORY, PATIENCE = 5, 2**30, 300.0
 BATCH = 40
 """Files that one process reads: what it crashes on is known, the others are read by the next."""
 NASTY = [
@@ -434,13 +434,14 @@ def batch(jobs: list[tuple[int, Target]], root: Path, seed: int, board: mmap.mma
         board[:16] = struct.pack("qd", number, time.monotonic())
         folder = root / f"case_{number}"
         folder.mkdir()
-        began = time.monotonic()
+        began = time.process_time()
+        resource.setrlimit(resource.RLIMIT_CPU, (int(began) + 1 + SECONDS, resource.RLIM_INFINITY))
         outcome, detail = case(target, folder, random.Random(f"{seed}/{number}"))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if memory > MEMORY:
             outcome, detail = "memory", f"{memory >> 20} MB"
         said = {"case": number, "target": target.name, "outcome": outcome, "detail": detail, "memory": memory}
-        said["seconds"] = time.monotonic() - began
+        said["seconds"] = time.process_time() - began
         os.write(pipe, json.dumps(said).encode() + b"\n")
         if outcome in ("refused", "accepted"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -461,7 +462,7 @@ def run_all(jobs: list[tuple[int, Target]], root: Path, seed: int) -> list[dict[
         outcome, ended = "crash", False
         while not ended:
             ended = bool(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
-            if not ended and time.monotonic() - struct.unpack("qd", board[:16])[1] > SECONDS:
+            if not ended and time.monotonic() - struct.unpack("qd", board[:16])[1] > PATIENCE:
                 outcome, ended = "hang", True
                 os.kill(child, signal.SIGKILL)
             time.sleep(0.01)
@@ -471,6 +472,8 @@ def run_all(jobs: list[tuple[int, Target]], root: Path, seed: int) -> list[dict[
         found += told
         done = {one["case"] for one in told}
         at = struct.unpack("qd", board[:16])[0]
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+            outcome = "hang"
         if status and at not in done:
             target = dict(jobs)[at]
             found.append({"case": at, "target": target.name, "outcome": outcome, "detail": f"status {status}"})

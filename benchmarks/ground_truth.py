@@ -34,16 +34,19 @@ Row = dict[str, Any]
 MATRYOSHKA = Levels(order="fixed", stop_gradient=0.0, decoder_only=0.0)
 OMEGA: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty(weight=0.1)}
 
+NINE = (1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 1 / 2, 1.0)
+
 METHODS: dict[str, dict[str, Any]] = {
-    "relu": {"architecture": "relu", "sparsity": 0.02},
+    "relu": {"architecture": "relu", "sparsity": 0.012},
     "topk": {"architecture": "topk"},
-    "jumprelu": {"architecture": "jumprelu", "sparsity": 0.002},
+    "jumprelu": {"architecture": "jumprelu", "sparsity": 0.015},
     "batchtopk": {},
     "frozen": {"frozen_decoder": True},
     "ortsae": {"penalty": Penalty(kind="ortsae", weight=0.1)},
     "omega": OMEGA,
     "matryoshka": {"levels": MATRYOSHKA},
-    "fipo": OMEGA | {"levels": Levels()},
+    "levels": {"importance": Importance(), "levels": Levels(shares=NINE)},
+    "fipo": OMEGA | {"penalty": Penalty(), "levels": Levels(shares=NINE)},
 }
 """What each differs in from BatchTopK. `sparsity` is λ_s, chosen for an L0 near 6 on the model of 1,024 features."""
 
@@ -180,8 +183,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--k", nargs="+", type=int, default=[6], help="active latents a token")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens to evaluate on")
     parser.add_argument("--truth", type=Path, help="where the truth is kept between calls")
     parser.add_argument("--save", type=Path, help="folder for the trained SAEs, in SAELens' format")

@@ -54,7 +54,7 @@ TIMES = {
     "peak_memory_gib",
 }
 """Keys of JSON files that name times, durations, ids or what depends on them."""
-PATIENCE = 120.0
+PATIENCE = 900.0
 KINDS = ("disk full", "I/O error", "short write", "short write, not told")
 
 

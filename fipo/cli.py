@@ -25,6 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_CODE
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; what is pooled is kept: give the same command to go on\n")
+        return 130
     return 0
 
 

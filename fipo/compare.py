@@ -76,10 +76,14 @@ def read_results(folder: Path) -> list[Result]:
         ]
     found = []
     for file in sorted(folder.glob(f"*{RESULT_SUFFIX}")):
-        record = read_json(file)
-        sae, beside = record["sae"], file.name.removesuffix(RESULT_SUFFIX) + OUTCOMES_SUFFIX
-        run, seed = sae["run"] or sae["name"], sae["seed"] or 0
-        found.append(Result(run, seed, sae["layer"], {"workload": "-", **record}, folder / beside, _origin(record)))
+        record, beside = read_json(file), file.name.removesuffix(RESULT_SUFFIX) + OUTCOMES_SUFFIX
+        try:
+            sae = record["sae"]
+            run, seed, layer = str(sae["run"] or sae["name"]), int(sae["seed"] or 0), int(sae["layer"])
+            overall_metrics(record)
+            found.append(Result(run, seed, layer, {"workload": "-", **record}, folder / beside, _origin(record)))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file} is no result of `fipo probe`: {error!r}; make it again") from error
     if not found:
         raise UserError(f"{folder} holds no {FINAL} and no *{RESULT_SUFFIX}: finish the run, or leave it out")
     return found

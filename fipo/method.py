@@ -106,14 +106,10 @@ class Levels:
     """By index (Matryoshka) or by σ, largest first."""
     shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
     """Share of the dictionary in the first m levels; increasing, the last one is 1."""
-    random: bool = False
-    """Draw the inner shares anew at each step, log-uniformly from the first one to 1, so that no cut is special."""
     stop_gradient: float = 0.5
     """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
     plain: float = 0.0
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
-    free_norms: bool = False
-    """Let decoder rows change length in the last phase, so that each latent's gain is learned with its direction."""
     decoder_only: float = 0.25
     """Share of the steps, the last ones, in which the encoder is frozen and the decoder alone learns, unlevelled."""
 

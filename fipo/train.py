@@ -75,6 +75,8 @@ class TrainState:
         expected = self.state_dict()
         if int(tensors.get("step", torch.zeros(1)).sum()):
             for name, parameter in self.sae.named_parameters():
+                if not parameter.requires_grad:
+                    continue
                 expected |= {f"adam.{name}.{moment}": parameter for moment in ("exp_avg", "exp_avg_sq")}
                 expected[f"adam.{name}.step"] = torch.zeros(())
         pairs_P2 = tensors.get("pairs_P2", self.pairs_P2)
@@ -170,15 +172,13 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
         terms, x_hat_BD = loss_terms(state, x_BD, pre_BF, codes, frozen)
     state.optimizer.zero_grad()
     terms.total.backward()
-    unit_rows = not config.frozen_decoder and not (frozen and config.levels and config.levels.free_norms)
-    if unit_rows:
-        sae.project_decoder_gradient()
+    sae.project_decoder_gradient()
     norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
     check_finite(state, terms, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
     state.optimizer.step()
-    if unit_rows:
+    if not config.frozen_decoder:
         sae.normalise_decoder()
     with torch.no_grad():
         state.importance.commit()
@@ -249,11 +249,7 @@ def latent_levels(state: TrainState) -> Tensor:
     rank_F = torch.arange(latents, device=device)
     if settings.order == "importance":
         rank_F[state.importance.values().argsort(descending=True, stable=True)] = rank_F.clone()
-    shares_M = torch.tensor(settings.shares, dtype=torch.float64)
-    if settings.random:
-        drawn = torch.rand(len(shares_M) - 1, generator=state.generator, device=state.generator.device).cpu()
-        shares_M[:-1] = shares_M[0].pow(drawn).sort().values
-    ends = (shares_M * latents).round().long().clamp_min(1).to(device)
+    ends = torch.tensor([max(1, round(share * latents)) for share in settings.shares], device=device)
     return torch.searchsorted(ends, rank_F, right=True)
 
 

@@ -192,3 +192,24 @@ def test_suite_of_sae_probes(saved, capsys):
 def test_datasets_must_be_named(saved, capsys):
     assert main(["probe", str(saved / "other")]) == 2
     assert "--datasets is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"sae": 3}', '{"sae": {"run": null, "name": "x", "seed": [], "layer": 1}}']
+)
+def test_compare_refuses_what_is_no_result(content, tmp_path, capsys):
+    (tmp_path / "x_eval_results.json").write_text(content)
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "is no result of `fipo probe`" in capsys.readouterr().err
+
+
+def test_ctrl_c_leaves_with_130_and_the_pooled_texts(saved, labelled_folders, capsys, monkeypatch, own_cache):
+    def stop(*_given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fipo.probe_job.outcomes", stop)
+        code, _, errors = probe(capsys, [saved / "other"], labelled_folders, "--out", saved / "out")
+    assert code == 130 and "stopped" in errors and "Traceback" not in errors
+    assert list((own_cache / "pooled").glob("*.safetensors")) and not list((saved / "out").glob("*.json"))
+    assert probe(capsys, [saved / "other"], labelled_folders, "--out", saved / "out")[0] == 0

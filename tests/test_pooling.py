@@ -4,6 +4,7 @@ import pytest
 import torch
 from toys import seeded
 
+from fipo import pooling
 from fipo.data.harvest import Chunk
 from fipo.errors import UserError
 from fipo.pooling import FeatureMap, numbers_or_read, pool, pool_or_read
@@ -40,6 +41,17 @@ def test_means_by_brute_force(size):
         mine = acts_NLD[owner_N == text]
         torch.testing.assert_close(llm_ND[text], mine[:, 1].mean(0))
         torch.testing.assert_close(sae_NF[text], maps()[1].encode(mine[:, 0]).mean(0))
+
+
+def test_wide_codes_are_made_in_pieces_that_fit_the_cache(monkeypatch):
+    seen = []
+    acts_NLD, owner_N = torch.randn(150, 1, 4, generator=seeded(3)), torch.arange(150) // 50
+    wide = FeatureMap(0, 9, lambda acts_BD: seen.append(len(acts_BD)) or acts_BD.repeat(1, 3)[:, :9], ("sae",))
+    (whole_NF,) = pool([Chunk(acts_NLD, owner_N)], 3, [wide], (0,))
+    monkeypatch.setattr(pooling, "CODES_IN_CACHE", 9 * 64)
+    (pieces_NF,) = pool([Chunk(acts_NLD, owner_N)], 3, [wide], (0,))
+    assert seen == [150, 64, 64, 22]
+    torch.testing.assert_close(pieces_NF, whole_NF)
 
 
 def test_bfloat16_rounds_the_sum_and_the_mean():
@@ -110,12 +122,14 @@ def test_only_what_is_missing_is_pooled_and_what_is_not_to_be_kept_is_not(own_ca
     assert source.times == 2 and torch.equal(given[1], pool(chunks(4), TEXTS, [latents], LAYERS)[0])
 
 
-@pytest.mark.parametrize("damage", [b"", b"garbage" * 10, None])
+@pytest.mark.parametrize("damage", [b"", b"garbage" * 10, None, "a bit"])
 def test_damaged_cache_is_pooled_again(own_cache, damage):
     source = Counted()
     first = pool_or_read({}, source, TEXTS, maps(), LAYERS)
     for file in (own_cache / "pooled").iterdir():
-        file.write_bytes(file.read_bytes()[:-8] if damage is None else damage)
+        content = bytearray(file.read_bytes())
+        content[-60] ^= 1  # in the tensor or its digest: the header is at the front
+        file.write_bytes({None: bytes(content[:-8]), "a bit": bytes(content)}.get(damage, damage))
     again = pool_or_read({}, source, TEXTS, maps(), LAYERS)
     assert source.times == 2 and all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 

@@ -216,6 +216,13 @@ def test_what_killed_processes_left_is_cleared_and_nothing_else(own_cache):
     assert sorted(path.name for path in own_cache.iterdir()) == [".4567.79.tmp", ".note.tmp", made.folder.name]
 
 
+def test_the_lock_of_one_killed_after_its_harvest_is_cleared(own_cache):
+    made = open_or_harvest({"key": 1}, chunks, tokens=None)
+    (own_cache / f".{made.folder.name}.lock").touch()
+    open_or_harvest({"key": 1}, never, tokens=None)
+    assert [path.name for path in own_cache.iterdir()] == [made.folder.name]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_interrupted_harvest_leaves_nothing(own_cache, error):
     def breaks():

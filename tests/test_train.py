@@ -12,7 +12,6 @@ from fipo import objective
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.config import Levels, Optimiser, Penalty, RunConfig
 from fipo.errors import UserError
-from fipo.export import fold
 from fipo.metrics import max_cosines, quality
 from fipo.randomness import generator_for
 from fipo.train import TrainState, decoder_only, latent_levels, learning_rate, loss_terms, penalty_share, train_step
@@ -205,18 +204,6 @@ def test_last_phase_leaves_the_encoder_bitwise_and_trains_the_decoder(architectu
     assert {"sae.dec_FD", "sae.dec_bias_D"} <= set(changed)
 
 
-def test_free_norms_let_rows_change_length_in_the_last_phase_alone():
-    levels = Levels(shares=(0.5, 1.0), decoder_only=0.25, free_norms=True)
-    state, batches = toys.fresh(toys.run_config("run_6", levels=levels)), toys.activations(12)
-    run(state, batches[:9])
-    assert torch.allclose(state.sae.dec_FD.norm(dim=1), torch.ones(toys.LATENTS), atol=1e-6)
-    run(state, batches[9:])
-    lengths_F = state.sae.dec_FD.norm(dim=1)
-    assert (lengths_F - 1).abs().max() > 1e-3 and (lengths_F > 0).all()
-    saved = fold(state.sae)[1]
-    assert torch.allclose(saved["W_dec"].norm(dim=1), torch.ones(toys.LATENTS)), "saved with unit rows"
-
-
 def test_plain_mixes_in_the_unlevelled_reconstruction():
     def reconstruction(plain: float) -> float:
         levels = Levels(shares=(0.25, 0.5, 1.0), stop_gradient=1.0, plain=plain, decoder_only=0.0)
@@ -380,20 +367,6 @@ def test_levels_follow_the_rank_in_importance_or_the_index():
     assert latent_levels(state).tolist() == expected
     fixed = toys.fresh(replace(config, levels=Levels(order="fixed", shares=(0.25, 0.5, 1.0))))
     assert latent_levels(fixed).tolist() == [0] * 4 + [1] * 4 + [2] * 8
-
-
-def test_random_cuts_are_drawn_anew_between_the_first_share_and_the_whole():
-    levels = Levels(order="fixed", shares=(0.125, 0.25, 0.5, 1.0), random=True)
-    state = toys.fresh(toys.run_config("run_6", levels=levels))
-    drawn = [latent_levels(state) for _ in range(200)]
-    for level_F in drawn:
-        assert (level_F.diff() >= 0).all() and not level_F[:2].any() and level_F[-1] == 3
-    places = {int((level_F == 0).sum()) for level_F in drawn}
-    assert len(places) > 4 and min(places) == 2 and max(places) < toys.LATENTS
-    state.generator.manual_seed(1)
-    one = latent_levels(state)
-    state.generator.manual_seed(1)
-    assert torch.equal(one, latent_levels(state))
 
 
 def test_a_share_below_one_latent_still_gives_every_latent_a_level():

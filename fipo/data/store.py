@@ -90,6 +90,9 @@ def open_or_harvest(key: dict[str, Any], produce: Callable[[], Iterable[Chunk]],
     """
     folder = cache_root() / sha256_json({"format": FORMAT, **key})[:32]
     if (store := _find(folder, key)) is not None:
+        if _lock(folder).exists():  # a killed process left it, or another is about to remove it
+            with contextlib.suppress(UserError), locked(_lock(folder)):
+                pass
         return store
     with locked(_lock(folder), wait=True):
         if (store := _find(folder, key)) is None:  # else another process has made it meanwhile
