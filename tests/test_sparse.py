@@ -192,7 +192,8 @@ def test_a_step_is_that_of_the_dense_path(name, architecture):
     sparse, dense = (trained(name, kind, architecture, steps=1) for kind in (True, False))
     for parameter, other in zip(sparse.sae.parameters(), dense.sae.parameters(), strict=True):
         assert (parameter.grad - other.grad).norm() <= 1e-5 * other.grad.norm() > 0
-        assert parameter.grad.stride() == parameter.stride(), "no copy into another layout"
+        assert parameter.grad.stride() == parameter.stride()
+    assert sparse.sae.enc_DF.T.is_contiguous(), "as its gradient comes, so that nothing is transposed"
     sparse, dense = (trained(name, kind, architecture).state_dict() for kind in (True, False))
     for key, value in dense.items():
         if value.is_floating_point() and not key.startswith("reservoir"):
