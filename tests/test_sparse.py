@@ -117,7 +117,7 @@ def test_the_inference_threshold_learns_from_pairs():
 
 
 def weights() -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Input, encoder, bias and decoder in float64, and levels of which the second is empty."""
+    """Input, encoder, bias and decoder in float64, and levels of which the second is empty. Few codes are positive."""
     generator = toys.seeded(3)
     x_BD, enc_DF, bias_F, dec_FD = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -125,7 +125,7 @@ def weights() -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     )
     x_BD[2] = 0
     level_F = 2 * torch.randint(0, 2, (LATENTS,), generator=generator)
-    return x_BD, [part.requires_grad_() for part in (enc_DF, bias_F - 1, dec_FD)], level_F
+    return x_BD, [part.requires_grad_() for part in (enc_DF, bias_F - 3, dec_FD)], level_F
 
 
 def parts_of(name: str, as_pairs: bool, enc_DF: torch.Tensor, bias_F: torch.Tensor, dec_FD: torch.Tensor):
@@ -220,5 +220,5 @@ def test_levels_are_sorted_within_a_token():
     state = trained("run_6", True, "batchtopk", steps=2)
     x_BD = toys.activations(1, seed=7)[0]
     _, codes = state.sae.training_codes(x_BD)
-    parts_BMD = decode_levels(codes, state.sae.dec_FD, latent_levels(state), 3)
-    assert torch.allclose(parts_BMD.sum(1) + state.sae.dec_bias_D, state.sae.reconstruct(codes), atol=1e-5)
+    parts_BMD, dense_BMD = (decode_levels(c, state.sae.dec_FD, latent_levels(state), 3) for c in (codes, codes.dense()))
+    assert torch.allclose(parts_BMD, dense_BMD, atol=1e-5)
