@@ -7,26 +7,60 @@
     jumprelu   a = pre 1[pre > θ], θ learned            sparsity: L0 by a straight-through estimate
                                                         (Rajamanoharan et al. 2024)
 
-Shapes: B tokens, D model width, F latents. Codes are non-negative. An activation is a module so that a forward hook
-can read the codes (fipo.importance); none of them changes its own state in `forward`.
+Shapes: B tokens, D model width, F latents, N active pairs, T tiles of G latents. Codes are non-negative. An activation
+is a module so that a forward hook can read the codes (fipo.importance); none changes its own state in `forward`. The
+two that are sparse also give their codes as pairs, which cost less from there on (fipo.sparse).
+
+The search for the largest values goes through tiles: latents f, f + F/G, f + 2F/G, .. are one tile, and only tiles
+whose maximum is large enough are opened. The result is that of a search through everything.
 """
 
 import torch
 from torch import Tensor, nn
+
+from fipo.sparse import Codes, pairs, positive
+
+TILE = 8
+"""G. The maxima cost one fast pass and leave an eighth to search."""
 
 
 class Activation(nn.Module):
     """What every activation offers besides `forward(pre_BF) -> codes_BF`."""
 
     sparse = False
-    """Are codes few by construction, so that decoding had better gather rows than multiply matrices?"""
+    """Are codes few by construction, so that pairs had better be used than matrices? Then `forward` gives them."""
 
     def sparsity(self, pre_BF: Tensor, codes_BF: Tensor, dec_FD: Tensor) -> Tensor:
         """L_sparsity of a batch; 0 where the activation itself sets the budget."""
         return torch.zeros((), device=codes_BF.device)
 
-    def observe(self, codes_BF: Tensor) -> None:
+    def observe(self, codes: Codes | Tensor) -> None:
         """Learn from one training batch's codes what inference needs; called by the training step alone."""
+
+
+def _tiles(pre_BF: Tensor) -> Tensor:
+    """[B, G, T], by tiles; of one latent each where F is no multiple of G."""
+    return pre_BF.unflatten(1, (-1, pre_BF.shape[1] // TILE) if pre_BF.shape[1] % TILE == 0 else (1, -1))
+
+
+def largest(pre_BF: Tensor, k: int) -> Tensor:
+    """Latents [B, K] of each token's K largest values: those of the K tiles of largest maximum hold them."""
+    tiles_BGT = _tiles(pre_BF)
+    if tiles_BGT.shape[2] < 2 * k or tiles_BGT.shape[1] == 1:
+        return pre_BF.topk(k, dim=-1, sorted=False).indices
+    tiles_BK = tiles_BGT.amax(1).topk(k, dim=-1, sorted=False).indices
+    firsts_G = torch.arange(0, pre_BF.shape[1], tiles_BGT.shape[2], device=pre_BF.device)
+    latents_BN = (tiles_BK[:, None, :] + firsts_G[:, None]).flatten(1)
+    return latents_BN.gather(1, pre_BF.gather(1, latents_BN).topk(k, dim=-1, sorted=False).indices)
+
+
+def above(pre_BF: Tensor, maxima_BT: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, tokens (rising) and latents of what is positive and at least `floor`; `maxima_BT` are the tiles'."""
+    floor = floor.to(pre_BF.dtype).clamp_min(torch.finfo(pre_BF.dtype).tiny)
+    token_T, tile_T = (maxima_BT >= floor).nonzero(as_tuple=True)
+    values_TG = _tiles(pre_BF)[token_T, :, tile_T]
+    place_N, member_N = (values_TG >= floor).nonzero(as_tuple=True)
+    return values_TG[place_N, member_N], token_T[place_N], member_N * maxima_BT.shape[1] + tile_T[place_N]
 
 
 class ReLU(Activation):
@@ -51,10 +85,14 @@ class TopK(Activation):
         super().__init__()
         self.k = k
 
-    def forward(self, pre_BF: Tensor) -> Tensor:
-        """Codes [B, F]."""
-        values_BK, latents_BK = pre_BF.topk(self.k, dim=-1, sorted=False)
-        return torch.zeros_like(pre_BF).scatter(-1, latents_BK, values_BK.relu())
+    def forward(self, pre_BF: Tensor, *, as_pairs: bool = False) -> Codes | Tensor:
+        """Codes [B, F], or their pairs without a gradient."""
+        latents_BK = largest(pre_BF.detach(), self.k)
+        values_BK = pre_BF.gather(-1, latents_BK).relu()
+        if not as_pairs:
+            return torch.zeros_like(pre_BF).scatter(-1, latents_BK, values_BK)
+        token_N = torch.arange(len(pre_BF), device=pre_BF.device).repeat_interleave(self.k)
+        return pairs(values_BK.detach().flatten(), token_N, latents_BK.flatten(), *pre_BF.shape)
 
 
 class BatchTopK(Activation):
@@ -75,8 +113,10 @@ class BatchTopK(Activation):
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("_weight", torch.zeros(()))
 
-    def forward(self, pre_BF: Tensor) -> Tensor:
-        """Codes [B, F]."""
+    def forward(self, pre_BF: Tensor, *, as_pairs: bool = False) -> Codes | Tensor:
+        """Codes [B, F], or their pairs without a gradient."""
+        if as_pairs:
+            return pairs(*self._kept(pre_BF.detach()), *pre_BF.shape)
         if self.training:
             keep_BF = pre_BF >= self._boundary(pre_BF.detach()).clamp_min(0)
         else:
@@ -92,10 +132,27 @@ class BatchTopK(Activation):
             candidates = pre_BF.flatten()
         return candidates.topk(count, sorted=False).values.min()
 
+    def _kept(self, pre_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, tokens and latents of the positive codes. The search starts at the running threshold, as in
+        `_boundary`; with too few values above it, at the boundary of the tiles' maxima, below which none can be."""
+        assert self.training, "in evaluation the threshold decides, token by token"
+        count = min(self.k * pre_BF.shape[0], pre_BF.numel())
+        maxima_BT = _tiles(pre_BF).amax(1)
+        found = above(pre_BF, maxima_BT, 0.9 * self.threshold.to(pre_BF.dtype))
+        if found[0].numel() < count <= maxima_BT.numel():
+            found = above(pre_BF, maxima_BT, maxima_BT.flatten().topk(count, sorted=False).values.min())
+        elif found[0].numel() < count:
+            found = above(pre_BF, maxima_BT, torch.zeros_like(self.threshold))
+        if found[0].numel() <= count:
+            return found
+        kept_N = found[0] >= found[0].topk(count, sorted=False).values.min()
+        values_N, token_N, latent_N = (part_N[kept_N] for part_N in found)
+        return values_N, token_N, latent_N
+
     @torch.no_grad()
-    def observe(self, codes_BF: Tensor) -> None:
+    def observe(self, codes: Codes | Tensor) -> None:
         """Let the inference threshold learn from one training batch's codes."""
-        kept = codes_BF[codes_BF > 0]
+        kept = positive(codes)
         smallest = kept.min().float() if kept.numel() else self.threshold.new_zeros(())
         mean = self.threshold * self._weight
         self._weight.copy_(self.decay * self._weight + (1 - self.decay))

@@ -4,7 +4,8 @@
 
 Bias-corrected (Kingma & Ba 2015, section 3), so a constant input gives the constant from the first step. The hook only
 collects sums, and only while its module is in training mode; `commit` moves the average once a step. Hence evaluation
-never changes σ, and a batch in two halves equals the batch in one. Shapes: B tokens, F latents.
+never changes σ, and a batch in two halves equals the batch in one. Codes come as a matrix or as pairs (fipo.sparse).
+Shapes: B tokens, F latents.
 """
 
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from fipo.sparse import Codes
 
 
 class ImportanceEMA:
@@ -31,21 +34,24 @@ class ImportanceEMA:
     def attach(self, activation: nn.Module) -> RemovableHandle:
         """Read the codes of `activation` at each of its training forward passes; `handle.remove()` ends it."""
 
-        def hook(module: nn.Module, _inputs: Any, codes_BF: Tensor) -> None:
+        def hook(module: nn.Module, _inputs: Any, codes: Codes | Tensor) -> None:
             if module.training:
-                self.collect(codes_BF.detach())
+                self.collect(codes)
 
         return activation.register_forward_hook(hook)
 
     @torch.no_grad()
-    def collect(self, codes_BF: Tensor) -> None:
+    def collect(self, codes: Codes | Tensor) -> None:
         """Add one batch of non-negative codes, or one part of it."""
-        if self.norm == "l1":
-            self._sum_F += codes_BF.sum(0, dtype=torch.float32)
+        if isinstance(codes, Codes):
+            powers_N = codes.values_N if self.norm == "l1" else codes.values_N.pow(2)
+            sum_F, largest_F = codes.reduce(powers_N, "sum"), codes.reduce(codes.values_N, "max")
         else:
-            self._sum_F += codes_BF.float().pow(2).sum(0)
-        self._largest_F = torch.maximum(self._largest_F, codes_BF.amax(0).float())
-        self._tokens += codes_BF.shape[0]
+            sum_F = codes.sum(0, dtype=torch.float32) if self.norm == "l1" else codes.float().pow(2).sum(0)
+            largest_F = codes.amax(0).float()
+        self._sum_F += sum_F
+        self._largest_F = torch.maximum(self._largest_F, largest_F)
+        self._tokens += codes.batch if isinstance(codes, Codes) else codes.shape[0]
 
     @torch.no_grad()
     def commit(self) -> None:

@@ -2,9 +2,9 @@
 
     L = L_rec(levels by σ_F) + λ_s · L_sparsity + α · L_aux + λ_o · Ω(dec_FD; σ_F)
 
-Shapes: B tokens, D model width, F latents, P candidate pairs. Inputs are standardised (mean squared norm D) and
-squared errors are averaged over D, so L_rec is about the share of variance left and the weights mean the same at any D.
-Each `Terms` field is already weighted: the logged terms sum to the optimised loss.
+Shapes: B tokens, D model width, F latents, N dead ones, P candidate pairs. Inputs are standardised (mean squared norm
+D) and squared errors are averaged over D, so L_rec is about the share of variance left and the weights mean the same at
+any D. Each `Terms` field is already weighted: the logged terms sum to the optimised loss.
 """
 
 import math
@@ -50,17 +50,15 @@ def nested_reconstructions(parts_BMD: Tensor, bias_D: Tensor, stop_gradient: flo
     return levels
 
 
-def auxiliary(residual_BD: Tensor, pre_BF: Tensor, dead_F: Tensor, dec_FD: Tensor, k: int) -> Tensor:
-    """Share of the residual that the dead latents fail to explain with their k largest pre-activations
-    (AuxK, Gao et al. 2024, section A.2; codes are rectified here). 0 when no latent is dead."""
-    latents = dead_F.nonzero().squeeze(1)
-    if latents.numel() == 0:
-        return torch.zeros((), device=pre_BF.device)
-    dead_pre_BF = pre_BF[:, latents]
-    values_BK, chosen_BK = dead_pre_BF.topk(min(k, latents.numel()), dim=-1, sorted=False)
-    codes_BF = torch.zeros_like(dead_pre_BF).scatter(-1, chosen_BK, values_BK.relu())
+def auxiliary(residual_BD: Tensor, pre_BN: Tensor, dec_ND: Tensor, k: int) -> Tensor:
+    """Share of the residual that the N dead latents, of whom alone pre-activations and rows are given, fail to explain
+    with their k largest (AuxK, Gao et al. 2024, section A.2; codes are rectified here). 0 when no latent is dead."""
+    if pre_BN.shape[1] == 0:
+        return torch.zeros((), device=pre_BN.device)
+    values_BK, chosen_BK = pre_BN.topk(min(k, pre_BN.shape[1]), dim=-1, sorted=False)
+    codes_BN = torch.zeros_like(pre_BN).scatter(-1, chosen_BK, values_BK.relu())
     target_BD = residual_BD.detach()
-    error = squared_error(target_BD, codes_BF @ dec_FD[latents])
+    error = squared_error(target_BD, codes_BN @ dec_ND)
     return error / target_BD.pow(2).mean().clamp_min(1e-12)
 
 

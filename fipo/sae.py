@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fipo.activations import Activation
 from fipo.decoding import decode
+from fipo.sparse import Codes, attach, pairs_of
 
 
 class SAE(nn.Module):
@@ -31,7 +32,7 @@ class SAE(nn.Module):
         dec_FD = torch.randn(latents, d_in, generator=generator)
         dec_FD /= dec_FD.norm(dim=1, keepdim=True)
         self.dec_FD = nn.Parameter(dec_FD)
-        self.enc_DF = nn.Parameter(gain * dec_FD.T.contiguous())
+        self.enc_DF = nn.Parameter((gain * dec_FD).T)  # a latent's weights side by side, as its gradient comes
         self.enc_bias_F = nn.Parameter(torch.zeros(latents))
         self.dec_bias_D = nn.Parameter(torch.zeros(d_in))
         self.activation = activation
@@ -52,13 +53,26 @@ class SAE(nn.Module):
         """Model activations [B, D] in float32, mean-centred, of mean squared norm D."""
         return (acts_BD.float() - self.mean_D) * self.scale
 
-    def pre_codes(self, x_BD: Tensor) -> Tensor:
-        """Pre-activations [B, F] of standardised input."""
+    def pre_codes(self, x_BD: Tensor, latents_N: Tensor | None = None) -> Tensor:
+        """Pre-activations [B, F] of standardised input, or [B, N] of the given latents alone."""
+        if latents_N is not None:
+            return torch.addmm(self.enc_bias_F[latents_N], x_BD, self.enc_DF[:, latents_N])
         return torch.addmm(self.enc_bias_F, x_BD, self.enc_DF)
 
-    def reconstruct(self, codes_BF: Tensor) -> Tensor:
-        """Standardised reconstruction [B, D]."""
-        return decode(codes_BF, self.dec_FD, sparse=self.activation.sparse) + self.dec_bias_D
+    def training_codes(self, x_BD: Tensor) -> tuple[Tensor | None, Codes | Tensor]:
+        """Pre-activations and codes [B, F] of standardised input; of a sparse activation only the codes, as pairs."""
+        if not self.activation.sparse:
+            pre_BF = self.pre_codes(x_BD)
+            return pre_BF, self.activation(pre_BF)
+        with torch.no_grad():
+            codes = self.activation(self.pre_codes(x_BD), as_pairs=True)
+        return None, attach(codes, x_BD, self.enc_DF, self.enc_bias_F)
+
+    def reconstruct(self, codes: Codes | Tensor) -> Tensor:
+        """Standardised reconstruction [B, D] of codes [B, F], or of their pairs."""
+        if self.activation.sparse and not isinstance(codes, Codes):
+            codes = pairs_of(codes)
+        return decode(codes, self.dec_FD) + self.dec_bias_D
 
     def encode(self, acts_BD: Tensor) -> Tensor:
         """Codes [B, F] of model activations."""

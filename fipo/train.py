@@ -22,6 +22,7 @@ from fipo.randomness import generator_for
 from fipo.reservoir import PriorityReservoir
 from fipo.revival import revive
 from fipo.sae import SAE
+from fipo.sparse import Codes, positive
 
 
 @dataclass
@@ -58,8 +59,9 @@ class TrainState:
 
         self.sae.load_state_dict(part("sae."))
         for name, parameter in self.sae.named_parameters():
-            self.optimizer.state[parameter] = {
-                moment: value.to(parameter.device, copy=True) for moment, value in part(f"adam.{name}.").items()
+            self.optimizer.state[parameter] = {  # strides are the parameter's: fused Adam runs through memory
+                moment: torch.empty_like(parameter if value.dim() else value, device=parameter.device).copy_(value)
+                for moment, value in part(f"adam.{name}.").items()
             }
         self.importance.load_state_dict(part("importance."))
         if self.reservoir is not None:
@@ -90,7 +92,7 @@ class StepReport:
     terms: Terms
     x_BD: Tensor
     x_hat_BD: Tensor
-    codes_BF: Tensor
+    codes: Codes | Tensor
 
     @property
     def fvu(self) -> float:
@@ -100,7 +102,7 @@ class StepReport:
     @property
     def l0(self) -> float:
         """Active latents a token on the batch."""
-        return (self.codes_BF > 0).sum().item() / self.codes_BF.shape[0]
+        return positive(self.codes).numel() / self.x_BD.shape[0]
 
 
 def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, device: str = "cpu") -> TrainState:
@@ -166,9 +168,8 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
     x_BD = sae.standardise(acts_BD)
     with torch.autocast(x_BD.device.type, dtype=torch.bfloat16, enabled=settings.autocast):
         with torch.set_grad_enabled(not frozen):
-            pre_BF = sae.pre_codes(x_BD)
-            codes_BF = sae.activation(pre_BF)
-        terms, x_hat_BD = loss_terms(state, x_BD, pre_BF, codes_BF, frozen)
+            pre_BF, codes = sae.training_codes(x_BD)
+        terms, x_hat_BD = loss_terms(state, x_BD, pre_BF, codes, frozen)
     state.optimizer.zero_grad()
     terms.total.backward()
     sae.project_decoder_gradient()
@@ -181,35 +182,36 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
         sae.normalise_decoder()
     with torch.no_grad():
         state.importance.commit()
-        sae.activation.observe(codes_BF)
+        sae.activation.observe(codes)
         revive_dead(state, x_BD, x_hat_BD)
     state.step += 1
-    return StepReport(Terms(*(term.detach() for term in terms)), x_BD, x_hat_BD.detach(), codes_BF.detach())
+    return StepReport(Terms(*(term.detach() for term in terms)), x_BD, x_hat_BD.detach(), codes)
 
 
-def loss_terms(state: TrainState, x_BD: Tensor, pre_BF: Tensor, codes_BF: Tensor, frozen: bool) -> tuple[Terms, Tensor]:
+def loss_terms(
+    state: TrainState, x_BD: Tensor, pre_BF: Tensor | None, codes: Codes | Tensor, frozen: bool
+) -> tuple[Terms, Tensor]:
     """L = L_rec + λ_s L_sparsity + α L_aux + λ_o Ω, each weighted, and the full reconstruction x̂ [B, D].
 
-    In the last phase (`frozen`) the codes are constants: only the plain reconstruction and Ω are left.
+    In the last phase (`frozen`) the codes are constants: only the plain reconstruction and Ω are left. Codes as pairs
+    have no L_sparsity. The pre-activations of dead latents, few as a rule, are computed again, with their gradient.
     """
     config, sae, workload = state.config, state.sae, state.config.workload
     share = penalty_share(config, state.step)
     nothing = torch.zeros((), device=x_BD.device)
     if config.levels is None or frozen:
-        levels = [sae.reconstruct(codes_BF)]
+        levels = [sae.reconstruct(codes)]
     else:
-        parts_BMD = decode_levels(
-            codes_BF, sae.dec_FD, latent_levels(state), len(config.levels.shares), sparse=sae.activation.sparse
-        )
+        parts_BMD = decode_levels(codes, sae.dec_FD, latent_levels(state), len(config.levels.shares))
         levels = objective.nested_reconstructions(parts_BMD, sae.dec_bias_D, config.levels.stop_gradient)
     x_hat_BD = levels[-1]
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
-    if not frozen and workload.sparsity_penalty > 0:
-        sparsity = workload.sparsity_penalty * share * sae.activation.sparsity(pre_BF, codes_BF, sae.dec_FD)
+    if not frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):
+        sparsity = workload.sparsity_penalty * share * sae.activation.sparsity(pre_BF, codes, sae.dec_FD)
     if not frozen and config.aux_weight > 0:
-        dead_F = state.importance.silent_tokens_F >= workload.dead_tokens
+        dead_N = (state.importance.silent_tokens_F >= workload.dead_tokens).nonzero().squeeze(1)
         auxiliary = config.aux_weight * objective.auxiliary(
-            x_BD - x_hat_BD, pre_BF, dead_F, sae.dec_FD, max(1, sae.d_in // 2)
+            x_BD - x_hat_BD, sae.pre_codes(x_BD, dead_N), sae.dec_FD[dead_N], max(1, sae.d_in // 2)
         )
     if config.penalty is not None:
         orthogonality = config.penalty.weight * share * decoder_penalty(state, config.penalty)

@@ -5,6 +5,7 @@ import torch
 import toys
 
 from fipo.decoding import decode, decode_levels
+from fipo.sparse import Codes, pairs_of
 
 BATCH, LATENTS, WIDTH, LEVELS = 6, 9, 4, 3
 
@@ -20,17 +21,21 @@ def inputs(share: float = 0.4, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
     return codes_BF.requires_grad_(), dec_FD.requires_grad_(), level_F
 
 
+def given(codes_BF: torch.Tensor, sparse: bool) -> Codes | torch.Tensor:
+    return pairs_of(codes_BF) if sparse else codes_BF
+
+
 @pytest.mark.parametrize("sparse", [True, False])
 def test_decode_is_the_weighted_sum_of_rows(sparse):
     codes_BF, dec_FD, _ = inputs()
     expected_BD = torch.stack([sum(c * d for c, d in zip(row, dec_FD, strict=True)) for row in codes_BF])
-    assert torch.allclose(decode(codes_BF, dec_FD, sparse=sparse), expected_BD)
+    assert torch.allclose(decode(given(codes_BF, sparse), dec_FD), expected_BD)
 
 
 @pytest.mark.parametrize("sparse", [True, False])
 def test_parts_hold_their_level_s_latents_alone(sparse):
     codes_BF, dec_FD, level_F = inputs()
-    parts_BMD = decode_levels(codes_BF, dec_FD, level_F, LEVELS, sparse=sparse)
+    parts_BMD = decode_levels(given(codes_BF, sparse), dec_FD, level_F, LEVELS)
     assert parts_BMD.shape == (BATCH, LEVELS, WIDTH)
     for level in range(LEVELS):
         assert torch.allclose(parts_BMD[:, level], (codes_BF * (level_F == level)) @ dec_FD)
@@ -42,7 +47,7 @@ def test_sparse_and_dense_agree_in_value_and_gradient(share):
     upstream_BMD = torch.randn(BATCH, LEVELS, WIDTH, generator=toys.seeded(1), dtype=torch.float64)
     results = []
     for sparse in (True, False):
-        parts_BMD = decode_levels(codes_BF, dec_FD, level_F, LEVELS, sparse=sparse)
+        parts_BMD = decode_levels(given(codes_BF, sparse), dec_FD, level_F, LEVELS)
         results.append((parts_BMD, *torch.autograd.grad((parts_BMD * upstream_BMD).sum(), (codes_BF, dec_FD))))
     (sparse_BMD, sparse_BF, sparse_FD), (dense_BMD, dense_BF, dense_FD) = results
     assert torch.allclose(sparse_BMD, dense_BMD) and torch.allclose(sparse_FD, dense_FD)
@@ -53,7 +58,7 @@ def test_sparse_and_dense_agree_in_value_and_gradient(share):
 def test_decode_agrees_in_gradient():
     codes_BF, dec_FD, _ = inputs()
     grads = [
-        torch.autograd.grad(decode(codes_BF, dec_FD, sparse=sparse).pow(2).sum(), (codes_BF, dec_FD))
+        torch.autograd.grad(decode(given(codes_BF, sparse), dec_FD).pow(2).sum(), (codes_BF, dec_FD))
         for sparse in (True, False)
     ]
     assert torch.allclose(grads[0][0], grads[1][0] * (codes_BF > 0)) and torch.allclose(grads[0][1], grads[1][1])
@@ -66,7 +71,7 @@ def test_gradcheck_of_the_sparse_path_in_float64():
 
     def parts(values_N: torch.Tensor, dec_FD: torch.Tensor) -> torch.Tensor:
         placed_BF = torch.zeros(BATCH, LATENTS, dtype=torch.float64).index_put(active, values_N)
-        return decode_levels(placed_BF, dec_FD, level_F, LEVELS, sparse=True)
+        return decode_levels(pairs_of(placed_BF), dec_FD, level_F, LEVELS)
 
     assert torch.autograd.gradcheck(parts, (values_N, dec_FD))
 
@@ -74,5 +79,5 @@ def test_gradcheck_of_the_sparse_path_in_float64():
 @pytest.mark.parametrize("sparse", [True, False])
 def test_no_token_and_no_code(sparse):
     dec_FD = torch.randn(LATENTS, WIDTH, generator=toys.seeded())
-    assert decode(torch.zeros(0, LATENTS), dec_FD, sparse=sparse).shape == (0, WIDTH)
-    assert torch.equal(decode(torch.zeros(2, LATENTS), dec_FD, sparse=sparse), torch.zeros(2, WIDTH))
+    assert decode(given(torch.zeros(0, LATENTS), sparse), dec_FD).shape == (0, WIDTH)
+    assert torch.equal(decode(given(torch.zeros(2, LATENTS), sparse), dec_FD), torch.zeros(2, WIDTH))

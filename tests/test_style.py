@@ -23,6 +23,7 @@ CORE = [
         "activations",
         "sae",
         "decoding",
+        "sparse",
         "objective",
         "importance",
         "reservoir",
@@ -162,12 +163,13 @@ def test_core_runs_without_the_optional_packages():
 
 def test_no_tracker_knows_the_sae():
     for tracker in TRACKERS:
-        assert fipo_modules(tracker) <= {"reservoir"}, tracker
+        assert fipo_modules(tracker) <= {"reservoir", "sparse"}, tracker
+    assert not fipo_modules("sparse"), "codes as pairs know neither SAE nor tracker"
 
 
 def test_the_sae_knows_no_tracker():
     for name in ("sae", "activations", "decoding", "objective"):
-        assert fipo_modules(name) <= {"activations", "decoding"}, name
+        assert fipo_modules(name) <= {"activations", "decoding", "sparse"}, name
 
 
 def test_the_layers_point_down_and_only_the_step_knows_all():

@@ -1,0 +1,129 @@
+"""Codes as pairs (token, latent): a training step whose cost beyond the encoder's product grows with L0, not with F.
+
+    a_n      = (x enc + enc_bias)[token_n, latent_n]           the N pairs that an activation chose
+    part_m   = Σ_{n: level m} a_n dec[latent_n]                a token's parts, level by level
+    ∂a_n     = ⟨∂part[token_n, level_n], dec[latent_n]⟩
+    ∂dec_f   = Σ_{n: latent_n = f} a_n ∂part[token_n, level_n]
+    ∂enc_f   = Σ_{n: latent_n = f} ∂a_n x[token_n]             and ∂enc_bias_f = Σ_{n: latent_n = f} ∂a_n
+
+The sums over the pairs of a latent are sums over segments once the pairs are sorted by latent: `Codes` sorts them once,
+for the statistics and both weights. `embedding_bag` is the weighted sum of rows over segments. Every segment is summed
+in a fixed order, without atomics, so a step is bitwise repeatable, and [N, D] is never built. After Gao et al. 2024,
+appendix D, whose sums are atomic. The dense path is the oracle (tests/test_sparse.py).
+
+Shapes: B tokens, D model width, F latents, N pairs, M levels, R rows, S = F + 1 ends of segments.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
+
+
+class Codes(NamedTuple):
+    """Non-negative codes [B, F] as pairs, ordered by token; a value may be 0. Made by `pairs`."""
+
+    values_N: Tensor
+    """Codes, in float32 or wider."""
+    token_N: Tensor
+    """Their tokens, rising."""
+    latent_N: Tensor
+    """Their latents."""
+    order_N: Tensor
+    """The pairs sorted by latent."""
+    ends_S: Tensor
+    """Where in `order_N` the pairs of every latent start, and N."""
+    batch: int
+    """B."""
+
+    def dense(self) -> Tensor:
+        """[B, F]."""
+        codes_BF = self.values_N.new_zeros(self.batch, self.ends_S.shape[0] - 1)
+        return codes_BF.index_put((self.token_N, self.latent_N), self.values_N)
+
+    def reduce(self, values_N: Tensor, how: str) -> Tensor:
+        """`sum` or `max` (at least 0) of a number a pair over the pairs of every latent, [F]."""
+        return torch.segment_reduce(values_N[self.order_N], how, offsets=self.ends_S, initial=0)
+
+
+def pairs(values_N: Tensor, token_N: Tensor, latent_N: Tensor, batch: int, latents: int) -> Codes:
+    """Codes from their pairs, ordered by token."""
+    sorted_N, order_N = latent_N.sort(stable=True)
+    ends_S = torch.searchsorted(sorted_N, torch.arange(latents + 1, device=latent_N.device))
+    values_N = values_N.to(torch.promote_types(values_N.dtype, torch.float32))
+    return Codes(values_N, token_N, latent_N, order_N, ends_S, batch)
+
+
+def pairs_of(codes_BF: Tensor) -> Codes:
+    """The codes of a matrix that are not 0; the others are constants."""
+    token_N, latent_N = codes_BF.detach().nonzero(as_tuple=True)
+    return pairs(codes_BF[token_N, latent_N], token_N, latent_N, *codes_BF.shape)
+
+
+def positive(codes: Codes | Tensor) -> Tensor:
+    """All codes above 0, flat."""
+    values = codes.values_N if isinstance(codes, Codes) else codes
+    return values[values > 0]
+
+
+def attach(codes: Codes, x_BD: Tensor, enc_DF: Tensor, enc_bias_F: Tensor) -> Codes:
+    """The same codes as a function of the encoder, for the backward pass; `x_BD` is data and gets no gradient."""
+    places = codes.token_N, codes.order_N, codes.ends_S
+    return codes._replace(values_N=_Encode.apply(enc_DF, enc_bias_F, x_BD, codes.values_N, *places))
+
+
+def decode_pairs(codes: Codes, dec_FD: Tensor, level_F: Tensor | None, levels: int) -> Tensor:
+    """The parts of M levels, [B, M, D]."""
+    bag_N = codes.token_N if level_F is None else codes.token_N * levels + level_F[codes.latent_N]
+    places = bag_N, codes.latent_N, codes.order_N, codes.ends_S, codes.batch * levels
+    return _Decode.apply(codes.values_N, dec_FD, *places).unflatten(0, (codes.batch, levels))
+
+
+def _sum_rows(rows_RD: Tensor, row_N: Tensor, weight_N: Tensor, ends_S: Tensor) -> Tensor:
+    """Σ_n weight_n rows[row_n] over every segment of pairs."""
+    weight_N = weight_N.to(rows_RD.dtype)
+    return embedding_bag(row_N, rows_RD, ends_S, mode="sum", per_sample_weights=weight_N, include_last_offset=True)
+
+
+class _Encode(torch.autograd.Function):
+    """Values that were found without a graph, with the gradient of x enc + enc_bias at the positive ones."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        _enc_DF, _enc_bias_F, x_BD, values_N, *places = given
+        ctx.save_for_backward(x_BD, values_N, *places)
+        return values_N.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        x_BD, values_N, token_N, order_N, ends_S = ctx.saved_tensors
+        grad_N = torch.where(values_N > 0, grad_N, 0)[order_N]
+        grad_FD = _sum_rows(x_BD, token_N[order_N], grad_N, ends_S)
+        return grad_FD.T, torch.segment_reduce(grad_N, "sum", offsets=ends_S, initial=0), *[None] * 5
+
+
+class _Decode(torch.autograd.Function):
+    """Σ values · dec[latent] over the pairs of every bag."""
+
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, dec_FD: Tensor, *places: Any) -> Tensor:
+        bag_N, latent_N, order_N, ends_S, bags = places
+        ctx.save_for_backward(values_N, dec_FD, bag_N, latent_N, order_N, ends_S)
+        sorted_N, by_bag_N = bag_N.sort(stable=True)
+        bag_ends = torch.searchsorted(sorted_N, torch.arange(bags + 1, device=bag_N.device))
+        return _sum_rows(dec_FD, latent_N[by_bag_N], values_N[by_bag_N], bag_ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
+        values_N, dec_FD, bag_N, latent_N, order_N, ends_S = ctx.saved_tensors
+        grad_RD, grad_N, grad_FD = grad_RD.contiguous(), None, None
+        if ctx.needs_input_grad[0]:  # the inner products, without the [N, D] of both sides
+            dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
+            grad_N = dot(grad_RD, dec_FD, latent_N, ends_S[:1], bag_N, 0)
+        if ctx.needs_input_grad[1]:
+            grad_FD = _sum_rows(grad_RD, bag_N[order_N], values_N[order_N], ends_S)
+        return grad_N, grad_FD, *[None] * 5

@@ -1,0 +1,224 @@
+"""fipo.sparse: codes as pairs are the same codes, with the same statistics, gradients and steps as the matrix."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import toys
+
+from fipo.activations import BatchTopK, TopK, build_activation, largest
+from fipo.decoding import decode_levels
+from fipo.importance import ImportanceEMA
+from fipo.sparse import Codes, attach, pairs_of, positive
+from fipo.train import TrainState, latent_levels, train_step
+
+BATCH, LATENTS, WIDTH, LEVELS = 7, 40, 5, 3
+SPARSE = ["topk", "batchtopk"]
+
+
+def pre_codes(seed: int = 0, latents: int = LATENTS) -> torch.Tensor:
+    """Pre-activations; token 2 has none above 0, token 3 one alone."""
+    pre_BF = torch.randn(BATCH, latents, generator=toys.seeded(seed), dtype=torch.float64)
+    pre_BF[2:4] = -pre_BF[2:4].abs()
+    pre_BF[3, 4] = 1.0
+    return pre_BF
+
+
+def both(name: str, pre_BF: torch.Tensor, k: int = 3) -> tuple[Codes, torch.Tensor]:
+    activation = build_activation(name, pre_BF.shape[1], k)
+    return activation(pre_BF, as_pairs=True), activation(pre_BF)
+
+
+# Pairs are the codes
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("latents", [9, LATENTS, 400])
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_pairs_are_the_codes_of_the_matrix(name, latents, k):
+    """With and without tiles; among few latents the budget exceeds the positive values."""
+    codes, codes_BF = both(name, pre_codes(latents=latents), k)
+    assert torch.equal(codes.dense(), codes_BF) and codes_BF.any()
+    assert (codes.token_N.diff() >= 0).all() and not codes.values_N.requires_grad
+    assert torch.equal(positive(codes).sort().values, positive(codes_BF).sort().values)
+    assert torch.equal(pairs_of(codes_BF).dense(), codes_BF)
+
+
+@pytest.mark.parametrize("latents", [16, 64, 400, 1000, 1001])
+@pytest.mark.parametrize("k", [1, 5, 16])
+def test_the_search_through_tiles_finds_the_k_largest(latents, k):
+    pre_BF = torch.randn(20, latents, generator=toys.seeded(latents))
+    found_BK = pre_BF.gather(1, largest(pre_BF, k))
+    assert torch.equal(found_BK.sort(1, descending=True).values, pre_BF.topk(k).values)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 1.2, 1.5, 2.0, 100.0])
+@pytest.mark.parametrize("k", [1, 3, 8, 11, 40, 60])
+def test_running_threshold_never_changes_the_pairs(threshold, k):
+    activation, pre_BF = BatchTopK(k), pre_codes()
+    activation.threshold.fill_(threshold)
+    assert torch.equal(activation(pre_BF, as_pairs=True).dense(), activation(pre_BF))
+
+
+def test_ties_of_batchtopk_are_all_kept_as_pairs():
+    pre_BF = pre_codes().mul(4).round().bfloat16()
+    codes, codes_BF = both("batchtopk", pre_BF)
+    assert (codes_BF > 0).sum() > 3 * BATCH, "else there is no tie at the boundary"
+    assert torch.equal(codes.dense(), codes_BF.float())
+
+
+def test_bfloat16_pairs_have_float32_values():
+    codes, codes_BF = both("topk", pre_codes().bfloat16())
+    assert codes.values_N.dtype == torch.float32 and torch.equal(codes.dense(), codes_BF.float())
+
+
+def test_pairs_of_an_empty_batch():
+    codes, _ = both("topk", torch.zeros(0, LATENTS))
+    assert codes.dense().shape == (0, LATENTS) and not len(codes.values_N)
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_importance_of_pairs_is_that_of_the_matrix(name, norm):
+    states = []
+    for form in (0, 1):
+        ema = ImportanceEMA(LATENTS, decay=0.9, norm=norm)
+        for seed in range(4):
+            ema.collect(both(name, pre_codes(seed).float())[form])
+            ema.commit()
+        states.append(ema.state_dict())
+    assert states[0]["mean_F"].any() and (states[0]["silent_tokens_F"] > 0).any()
+    for key, value in states[0].items():
+        assert torch.allclose(value, states[1][key], rtol=1e-6), key
+
+
+def test_the_hook_reads_pairs():
+    ema, activation = ImportanceEMA(LATENTS, decay=0.9), TopK(3)
+    handle = ema.attach(activation)
+    codes = activation(pre_codes(), as_pairs=True)
+    handle.remove()
+    activation(pre_codes(1), as_pairs=True)
+    ema.commit()
+    assert torch.allclose(ema.values(), codes.dense().mean(0).float())
+
+
+def test_the_inference_threshold_learns_from_pairs():
+    one, other = BatchTopK(3), BatchTopK(3)
+    for seed in range(3):
+        one.observe(one(pre_codes(seed), as_pairs=True))
+        other.observe(other(pre_codes(seed)))
+    assert torch.equal(one.threshold, other.threshold) and one.threshold > 0
+
+
+# Gradients
+
+
+def weights() -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Input, encoder, bias and decoder in float64, and levels of which the second is empty. Few codes are positive."""
+    generator = toys.seeded(3)
+    x_BD, enc_DF, bias_F, dec_FD = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((BATCH, WIDTH), (WIDTH, LATENTS), (LATENTS,), (LATENTS, WIDTH))
+    )
+    x_BD[2] = 0
+    level_F = 2 * torch.randint(0, 2, (LATENTS,), generator=generator)
+    return x_BD, [part.requires_grad_() for part in (enc_DF, bias_F - 3, dec_FD)], level_F
+
+
+def parts_of(name: str, as_pairs: bool, enc_DF: torch.Tensor, bias_F: torch.Tensor, dec_FD: torch.Tensor):
+    x_BD, _, level_F = weights()
+    pre_BF, activation = x_BD @ enc_DF + bias_F, build_activation(name, LATENTS, 3)
+    codes = attach(activation(pre_BF.detach(), as_pairs=True), x_BD, enc_DF, bias_F) if as_pairs else activation(pre_BF)
+    return decode_levels(codes, dec_FD, level_F, LEVELS)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_gradcheck_of_the_whole_path_in_float64(name):
+    _, parameters, _ = weights()
+    assert torch.autograd.gradcheck(lambda *parts: parts_of(name, True, *parts), parameters)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_gradients_are_those_of_the_matrix(name):
+    _, parameters, _ = weights()
+    upstream_BMD = torch.randn(BATCH, LEVELS, WIDTH, generator=toys.seeded(4), dtype=torch.float64)
+    results = []
+    for as_pairs in (True, False):
+        parts_BMD = parts_of(name, as_pairs, *parameters)
+        results.append([parts_BMD, *torch.autograd.grad((parts_BMD * upstream_BMD).sum(), parameters)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.any() and torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_do_not_depend_on_the_number_of_threads():
+    """Every segment is one thread's, so the order of a sum is fixed."""
+    generator = toys.seeded(5)
+    x_BD, dec_FD = torch.randn(300, 24, generator=generator), torch.randn(500, 24, generator=generator)
+    codes = TopK(16)(x_BD @ dec_FD.T, as_pairs=True)
+    results, threads = [], torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        parameters = [dec_FD.T.clone().requires_grad_(), torch.zeros(500).requires_grad_(), dec_FD.clone()]
+        parameters[2].requires_grad_()
+        parts_BMD = decode_levels(attach(codes, x_BD, *parameters[:2]), parameters[2], torch.arange(500) % 3, 3)
+        results.append([parts_BMD, *torch.autograd.grad(parts_BMD.pow(3).sum(), parameters)])
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+# Steps
+
+
+def trained(name: str, sparse: bool, architecture: str, steps: int = 8) -> TrainState:
+    """Some latents long dead, so that the auxiliary term is at work from the first step."""
+    config = toys.run_config(name, steps=20, architecture=architecture, aux_weight=0.1)
+    state = toys.fresh(replace(config, workload=toys.workload(20, latents=64)))
+    state.sae.activation.sparse = sparse
+    state.sae.enc_bias_F.data[[3, 8, 9]] = -1.0
+    state.importance.silent_tokens_F[[3, 8, 9]] = 10**6
+    for acts_BD in toys.activations(steps):
+        report = train_step(state, acts_BD)
+        assert isinstance(report.codes, Codes) == sparse
+    return state
+
+
+@pytest.mark.parametrize("architecture", SPARSE)
+@pytest.mark.parametrize("name", ["topk", "run_3", "run_6"])
+def test_a_step_is_that_of_the_dense_path(name, architecture):
+    """All parts of the method, to 1e-5 of every gradient's norm; then eight steps and what they leave."""
+    sparse, dense = (trained(name, kind, architecture, steps=1) for kind in (True, False))
+    for parameter, other in zip(sparse.sae.parameters(), dense.sae.parameters(), strict=True):
+        assert (parameter.grad - other.grad).norm() <= 1e-5 * other.grad.norm() > 0
+        assert parameter.grad.stride() == parameter.stride()
+    assert sparse.sae.enc_DF.T.is_contiguous(), "as its gradient comes, so that nothing is transposed"
+    sparse, dense = (trained(name, kind, architecture).state_dict() for kind in (True, False))
+    for key, value in dense.items():
+        if value.is_floating_point() and not key.startswith("reservoir"):
+            assert torch.allclose(sparse[key], value, rtol=1e-3, atol=1e-4), key
+
+
+def test_the_auxiliary_term_reaches_the_encoder_of_dead_latents():
+    state = trained("topk", True, "topk", steps=1)
+    before, now = trained("topk", True, "topk", steps=0).sae, state.sae
+    assert (state.importance.silent_tokens_F[[3, 8, 9]] >= 10**6).all(), "they did not fire"
+    assert (now.enc_DF[:, [3, 8]] != before.enc_DF[:, [3, 8]]).all(), "the third has no positive pre-activation"
+
+
+def test_loaded_moments_lie_in_memory_as_their_parameter():
+    state = trained("run_6", True, "batchtopk", steps=2)
+    other = trained("run_6", True, "batchtopk", steps=0)
+    other.load_state_dict({key: value.clone().contiguous() for key, value in state.state_dict().items()})
+    for parameter in other.sae.parameters():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert other.optimizer.state[parameter][moment].stride() == parameter.stride()
+
+
+def test_levels_are_sorted_within_a_token():
+    state = trained("run_6", True, "batchtopk", steps=2)
+    x_BD = toys.activations(1, seed=7)[0]
+    _, codes = state.sae.training_codes(x_BD)
+    parts_BMD, dense_BMD = (decode_levels(c, state.sae.dec_FD, latent_levels(state), 3) for c in (codes, codes.dense()))
+    assert torch.allclose(parts_BMD, dense_BMD, atol=1e-5)
