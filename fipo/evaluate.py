@@ -226,16 +226,23 @@ def _feature_maps(
         _warn_of_scale(name, found["scale"])
         l0 = controls.nearby_l0(found["l0"])
         control = functools.cache(functools.partial(_random_control, sae.latents, l0, sample, layer, seed))
-        encode = {"sae": lambda sae=sae: sae, "random": control}
-        keys = {"sae": ("sae", key), "random": ("random", sae.latents, l0, seed, sampled)}
-        for who in encode:
-            codes = functools.partial(_codes, encode[who], dtype)
-            maps[who, name] = FeatureMap(layer, sae.latents, codes, keys[who], keep=keep or who == "random")
+        codes = functools.partial(_codes, sae, dtype)
+        maps["sae", name] = FeatureMap(layer, sae.latents, codes, ("sae", key), keep=keep)
+        codes = functools.partial(_random_codes, control)
+        maps["random", name] = FeatureMap(
+            layer, sae.latents, codes, ("random, bfloat16", sae.latents, l0, seed, sampled)
+        )
     return maps
 
 
-def _codes(encoder: Callable[[], SAE], dtype: torch.dtype, acts_BD: Tensor) -> Tensor:
-    return encoder().encode(acts_BD) if dtype == torch.float32 else encode_in(encoder(), acts_BD, dtype)
+def _codes(sae: SAE, dtype: torch.dtype, acts_BD: Tensor) -> Tensor:
+    return sae.encode(acts_BD) if dtype == torch.float32 else encode_in(sae, acts_BD, dtype)
+
+
+def _random_codes(control: Callable[[], SAE], acts_BD: Tensor) -> Tensor:
+    """Directions drawn at random need no exact arithmetic: under autocast they cost less than half."""
+    with torch.autocast(acts_BD.device.type, dtype=torch.bfloat16):
+        return control().encode(acts_BD)
 
 
 @torch.no_grad()
