@@ -257,14 +257,16 @@ def check_whole(job: dict, given: dict[str, dict[str, Tensor]], expected: dict, 
             both, sizes = given[name], ([train] * len(labels), [test] * len(labels))
             found = replay(both["llm"], both["sae"], *sizes, job["ks"], generator, fit=fit, **MODES[mode])
             theirs = {metric: value for metric, value in expected[name].items() if "-1" not in value}
-            differences = [
-                mine - other
+            by_metric = {
+                metric: [mine - other for mine, other in zip(found[metric], value.values(), strict=True)]
                 for metric, value in theirs.items()
-                for mine, other in zip(found[metric], value.values(), strict=True)
-            ]
+            }
+            differences = [one for values in by_metric.values() for one in values]
             check, text, passed = _with_our_solver(f"5 {mode} {name}, {solver}", differences, 2 * test)
-            same = solver == "our solver" or _most(differences) <= 0.5 / test + 1e-6  # one text, by rounding in pooling
-            yield check, text, passed and same and list(found) == list(theirs)
+            # One text, by rounding in pooling; the probes on everything, whose epochs amplify it, have only our limit.
+            top = [one for metric, values in by_metric.items() if "_top_" in metric for one in values]
+            same = solver == "our solver" or _most(top) <= 0.5 / test + 1e-6
+            yield check, f"{text}, of k latents {_most(top):.4f}", passed and same and list(found) == list(theirs)
 
 
 def check_schema(folder: Path, theirs: dict[str, Any]) -> Iterator[Row]:
