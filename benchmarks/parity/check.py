@@ -263,10 +263,9 @@ def check_whole(job: dict, given: dict[str, dict[str, Tensor]], expected: dict, 
             }
             differences = [one for values in by_metric.values() for one in values]
             check, text, passed = _with_our_solver(f"5 {mode} {name}, {solver}", differences, 2 * test)
-            # One text, by rounding in pooling; the probes on everything, whose epochs amplify it, have only our limit.
-            top = [one for metric, values in by_metric.items() if "_top_" in metric for one in values]
-            same = solver == "our solver" or _most(top) <= 0.5 / test + 1e-6
-            yield check, f"{text}, of k latents {_most(top):.4f}", passed and same and list(found) == list(theirs)
+            # Even with the same solver a text or two may differ: pooling rounds otherwise (1e-7), and lbfgs stops early.
+            moved = sum(abs(one) > 1e-9 for one in differences)
+            yield check, f"{text}, {moved} not equal", passed and list(found) == list(theirs)
 
 
 def check_schema(folder: Path, theirs: dict[str, Any]) -> Iterator[Row]:
