@@ -263,7 +263,7 @@ def check_whole(job: dict, given: dict[str, dict[str, Tensor]], expected: dict, 
             }
             differences = [one for values in by_metric.values() for one in values]
             check, text, passed = _with_our_solver(f"5 {mode} {name}, {solver}", differences, 2 * test)
-            # Even with the same solver a text or two may differ: pooling rounds otherwise (1e-7), and lbfgs stops early.
+            # With the same solver too a text or two may differ: pooling rounds otherwise, and lbfgs stops early.
             moved = sum(abs(one) > 1e-9 for one in differences)
             yield check, f"{text}, {moved} not equal", passed and list(found) == list(theirs)
 
