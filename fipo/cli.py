@@ -1,7 +1,7 @@
 """The command `fipo`: what is done with saved SAEs and finished runs. Training is `experiment.py`'s.
 
 fipo probe RUN_OR_SAE_DIR ... --datasets NAME_OR_FOLDER ...
-fipo compare RUN_OR_RESULT_DIR ...
+fipo compare RUN_OR_RESULT ... [--picture OUT.png]
 """
 
 import argparse
@@ -79,14 +79,32 @@ def _probe(given: argparse.Namespace) -> None:
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_OR_RESULT_DIR")
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="RUN_OR_RESULT",
+        help="run folders, folders of `fipo probe --out`, or (for the picture) results of benchmarks/ground_truth.py",
+    )
+    parser.add_argument("--picture", type=Path, help="PNG of explained variance against F1 and top-1")
     parser.set_defaults(run=_compare)
 
 
 def _compare(given: argparse.Namespace) -> None:
-    from fipo.compare import report
+    from fipo import compare, pareto
 
-    sys.stdout.write(report(given.folders))
+    files = [path for path in given.paths if path.suffix == ".json"]
+    folders = [path for path in given.paths if path not in files]
+    if files and not given.picture:
+        raise UserError(f"{files[0]} is a file; give folders for the table, or --picture OUT.png to draw it")
+    points = [point for file in files for point in pareto.ground_truth_points(file)] if given.picture else []
+    if folders:
+        sys.stdout.write(compare.report(folders))
+        points += compare.pareto_points(folders) if given.picture else []
+    if given.picture:
+        if not points:
+            raise UserError("--picture needs run folders or results of benchmarks/ground_truth.py; none was given")
+        pareto.draw_pareto(points, given.picture)
 
 
 if __name__ == "__main__":

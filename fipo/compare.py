@@ -1,8 +1,8 @@
 """Several finished runs side by side, as Markdown made from their result files alone.
 
-Runs of one name, workload and layer are seeds of one another: the table gives mean ± standard deviation over them.
-Below it the first run is set against each other one, answer by answer, with 95 % bootstrap intervals. Reads run folders
-and the folders that `fipo probe --out` writes.
+Runs of one name, workload, sparsity and layer are seeds of one another: the table gives mean ± standard deviation over
+them. Below it the run given first is set against each other one, answer by answer, with 95 % bootstrap intervals. Reads
+run folders and the folders that `fipo probe --out` writes.
 """
 
 import statistics
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
 from fipo.files import read_json
+from fipo.pareto import Point
 from fipo.probe_job import OUTCOMES_SUFFIX, RESULT_SUFFIX
 from fipo.randomness import generator_for
 from fipo.report import FINAL, OUTCOMES
@@ -40,6 +41,8 @@ class Result(NamedTuple):
     """One SAE of one run, as its result file tells."""
 
     run: str
+    setting: str
+    """What sets its sparsity: `k 32`, or `λ 0.01`; empty where the file does not say."""
     seed: int
     layer: int
     record: dict[str, Any]
@@ -49,7 +52,7 @@ class Result(NamedTuple):
 
 def report(folders: Sequence[Path]) -> str:
     """The table of all runs in `folders`, the differences between them, and where the numbers come from."""
-    results = [result for folder in folders for result in read_results(folder)]
+    results = _told_apart([result for folder in folders for result in read_results(folder)])
     seeds: dict[str, set[int]] = {}
     for result in results:
         seeds.setdefault(result.run, set()).add(result.seed)
@@ -66,6 +69,7 @@ def read_results(folder: Path) -> list[Result]:
         return [
             Result(
                 info["run"],
+                _setting(record),
                 info["seed"],
                 int(layer),
                 {"workload": info["workload"], **record},
@@ -81,12 +85,42 @@ def read_results(folder: Path) -> list[Result]:
             sae = record["sae"]
             run, seed, layer = str(sae["run"] or sae["name"]), int(sae["seed"] or 0), int(sae["layer"])
             overall_metrics(record)
-            found.append(Result(run, seed, layer, {"workload": "-", **record}, folder / beside, _origin(record)))
+            found.append(Result(run, "", seed, layer, {"workload": "-", **record}, folder / beside, _origin(record)))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{file} is no result of `fipo probe`: {error!r}; make it again") from error
     if not found:
         raise UserError(f"{folder} holds no {FINAL} and no *{RESULT_SUFFIX}: finish the run, or leave it out")
     return found
+
+
+def pareto_points(folders: Sequence[Path]) -> list[Point]:
+    """Explained variance against top-1 of every run; results of `fipo probe` know no explained variance."""
+    return [
+        Point(
+            f"top-1 of sparse probing, {result.record['workload']}, layer {result.layer}",
+            result.run,
+            result.setting,
+            1 - result.record["held_out_fvu"],
+            overall_metrics(result.record)["sae_top_1_test_accuracy"],
+        )
+        for folder in folders
+        for result in read_results(folder)
+        if "held_out_fvu" in result.record
+    ]
+
+
+def _setting(record: dict[str, Any]) -> str:
+    if record.get("k") is not None:
+        return f"k {record['k']}"
+    return f"λ {record['sparsity_penalty']:g}" if "sparsity_penalty" in record else ""
+
+
+def _told_apart(results: Sequence[Result]) -> list[Result]:
+    """Where runs of one name differ in sparsity, its setting becomes part of the name."""
+    settings: dict[str, set[str]] = {}
+    for result in results:
+        settings.setdefault(result.run, set()).add(result.setting)
+    return [r._replace(run=f"{r.run}, {r.setting}") if len(settings[r.run]) > 1 else r for r in results]
 
 
 def table(results: Sequence[Result]) -> str:
@@ -105,8 +139,8 @@ def table(results: Sequence[Result]) -> str:
 
 
 def differences(results: Sequence[Result]) -> list[str]:
-    """Paired differences of every run from the first one: by layer, and between two runs by dataset as well."""
-    runs = list(dict.fromkeys(sorted(result.run for result in results)))
+    """Paired differences of every run from the one given first: by layer, and between two runs by dataset as well."""
+    runs = list(dict.fromkeys(result.run for result in results))
     base, others = runs[0], runs[1:]
     lines = []
     for other in others:

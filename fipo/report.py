@@ -50,6 +50,8 @@ def layer_info(
         "final_loss": last_line["loss"],
         "layer": layer,
         "dict_size": workload.latents,
+        "architecture": config.architecture,
+        "k": workload.k if config.architecture in ("topk", "batchtopk") else None,
         "learning_rate": workload.learning_rate,
         "sparsity_penalty": workload.sparsity_penalty,
         **measures,

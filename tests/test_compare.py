@@ -12,7 +12,7 @@ from fipo.errors import UserError
 EVALUATED = {"dataset_names": ["a"], "k_values": [1]}
 
 
-def finished(folder, run, seed, fvu):
+def finished(folder, run, seed, fvu, **more):
     metrics = {"llm": {}, "sae": {}}
     for k in (1, 5):
         metrics["llm"][f"llm_top_{k}_test_accuracy"] = 0.6
@@ -20,6 +20,7 @@ def finished(folder, run, seed, fvu):
     layer = {
         **{"held_out_fvu": fvu, "held_out_l0": 32.0, "dead_share": 0.01, "mean_max_cosine": 0.25},
         **{"layer": 3, "dict_size": 64, "training_steps": 40, "eval_config": EVALUATED},
+        **more,
         "eval_result_metrics": metrics,
         "eval_result_details": [{"dataset_name": "a_results", **metrics["llm"], **metrics["sae"]}],
     }
@@ -58,6 +59,24 @@ def test_the_table_is_markdown_and_three_runs_are_compared_as_a_whole_only(tmp_p
     assert "+0.300 [" in compared[0] and "+0.500 [" in compared[1] and compared[0].endswith("| - |")
     both = [line for line in report(folders[:2]).splitlines() if line.startswith("| run_3 - run_0")]
     assert [line.split("|")[3].strip() for line in both] == ["all", "topics"]
+
+
+def test_runs_that_differ_in_sparsity_are_no_seeds_of_one_another(tmp_path):
+    folders = [finished(tmp_path / f"k{k}", "run_6", 1, k / 100, k=k) for k in (16, 32)]
+    lines = report(folders).splitlines()
+    assert lines[2].startswith("| minilm | run_6, k 16 | 3 | 0.160 |")
+    assert lines[3].startswith("| minilm | run_6, k 32 | 3 | 0.320 |")
+
+
+def test_differences_are_from_the_run_given_first(tmp_path):
+    folders = [finished(tmp_path / run, run, 1, 0.3) for run in ("run_8", "run_6")]
+    assert "| run_6 - run_8 |" not in report(folders), "no answers to compare"
+    for folder in folders:
+        rows_TM = torch.arange(4).repeat(2, 1)
+        answers = {"topics/rows_TM": rows_TM, "topics/sae_top_1/right_TM": rows_TM < 2}
+        save_tensors(folder / "layer_3" / "probing_outcomes.safetensors", answers)
+    assert "| run_6 - run_8 | 3 | all | +0.000" in report(folders)
+    assert "| run_8 - run_6 | 3 | all | +0.000" in report(folders[::-1])
 
 
 def test_an_unfinished_run_is_named(tmp_path):

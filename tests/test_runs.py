@@ -13,7 +13,7 @@ from fipo.records import to_dict
 from fipo.workloads import BUILT_IN
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-RUNS = [f"run_{number}" for number in range(8)]
+RUNS = [f"run_{number}" for number in range(10)]
 
 
 def resolve(tmp_path, own=None, run="run_0"):
@@ -40,14 +40,17 @@ def test_what_the_runs_switch_on(tmp_path):
     parts = ("importance", "reservoir", "lsh", "penalty", "levels")
     on = [[name for name in parts if getattr(config, name) is not None] for config in configs]
     full = ["importance", "reservoir", "lsh", "penalty"]
-    assert on == [[], full[:2], full[:3], full, full, full, [*full, "levels"], []]
-    assert [config.architecture for config in configs] == ["relu"] * 6 + ["batchtopk", "relu"]
+    assert on == [[], full[:2], full[:3], full, full, full, [*full, "levels"], [], [], ["levels"]]
+    assert [config.architecture for config in configs] == ["relu"] * 6 + ["batchtopk"] * 4
     assert all(config.lsh.autocast for config in configs[2:7])
-    three, four, five, six, seven = configs[3:]
+    three, four, five, six, seven, eight, nine = configs[3:]
     assert four.importance.decay == 0.99 != three.importance.decay and four.penalty == three.penalty
     assert five.penalty.weight == 0.1 != three.penalty.weight and five.importance == three.importance
     assert six.levels.order == "importance" and len({config.seed for config in configs}) == 1
-    assert seven == dataclasses.replace(configs[0], run="run_7", frozen_decoder=True)
+    assert seven == dataclasses.replace(eight, run="run_7", frozen_decoder=True)
+    assert (nine.levels.order, nine.levels.stop_gradient, nine.levels.decoder_only) == ("fixed", 0, 0)
+    assert nine == dataclasses.replace(eight, run="run_9", levels=nine.levels)
+    assert {config.aux_weight for config in configs[6:]} == {1 / 32}
 
 
 def test_minilm_is_the_default_and_the_environment_chooses(tmp_path, monkeypatch):
@@ -59,7 +62,7 @@ def test_minilm_is_the_default_and_the_environment_chooses(tmp_path, monkeypatch
 
 def test_last_name_of_the_folder_is_the_run(tmp_path):
     assert resolve(tmp_path, run="run_3").run == "run_3"
-    with pytest.raises(UserError, match="run 'run_77' is unknown; .* one of run_0, .*run_7, or its config.yaml"):
+    with pytest.raises(UserError, match="run 'run_77' is unknown; .* one of run_0, .*run_9, or its config.yaml"):
         runs.resolve(tmp_path / "run_77", EXPERIMENTS)
     assert not (tmp_path / "run_77").exists()
 
