@@ -2,15 +2,21 @@
 
     python benchmarks/ground_truth.py --json OUT.json [--methods fipo matryoshka] [--seeds 1 2 3] [--features 4096]
 
+    python benchmarks/ground_truth.py --json OUT.json --merge SEED_1.json SEED_2.json ...
+
 The truth is SynthSAEBench's in our own generator (`fipo.synthetic`), a quarter as many latents as features. Truth, data
 and SAE have streams of chance of their own, and every method of a seed sees the same tokens. Prints one table, mean ±
-standard deviation over the seeds, and writes {"name", "hardware", "versions", "rows", "ratios"}.
+standard deviation over the seeds, and writes {"name", "hardware", "versions", "rows", "ratios"}. `--judge PYTHON`, of
+an environment with sae-lens, adds what SAELens' own evaluation says of the same SAEs on the same tokens. `--merge` puts
+the rows of earlier results together, so that seeds can be trained at different times.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +27,7 @@ from fipo.checkpoint import load_tensors, save_tensors
 from fipo.config import LSH, Importance, Levels, Penalty, Probing, RunConfig, Text, Workload
 from fipo.data.prepare import statistics as mean_and_scale
 from fipo.export import save_sae
-from fipo.files import write_json
+from fipo.files import read_json, write_json
 from fipo.provenance import hardware, provenance
 from fipo.randomness import generator_for
 from fipo.records import require
@@ -30,6 +36,11 @@ from fipo.synthetic import SyntheticModel, Truth, build
 from fipo.train import TrainState, build_state, train_step
 
 Row = dict[str, Any]
+JUDGED = {"mcc": "mcc", "explained_variance": "explained_variance"} | {
+    name: f"classification.{name_there}"
+    for name, name_there in {"f1": "f1_score", "precision": "precision", "recall": "recall"}.items()
+}
+"""Our measures, and where SAELens' evaluation has them."""
 
 MATRYOSHKA = Levels(order="fixed", stop_gradient=0.0, decoder_only=0.0)
 OMEGA: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty(weight=0.1)}
@@ -113,6 +124,23 @@ def run(names: Sequence[str], seed: int, k: int, truth: SyntheticModel, given: a
         yield {"method": name, "seed": seed, "k": k, **scores, "ms_per_step": 1000 * seconds / given.steps}
 
 
+def judged(rows: list[Row], python: str, saved: Path, truth: Path, tokens: int) -> None:
+    """Put beside every row what SAELens' own evaluation, run by `python`, says of its saved SAE."""
+    root = Path(__file__).parent
+    folders = [str(saved / f"{row['method']}_k{row['k']}_seed{row['seed']}") for row in rows]
+    command = [python, str(root / "saelens_reference.py"), "judge", *folders]
+    command += ["--truth", str(truth), "--tokens", str(tokens)]
+    environment = {**os.environ, "PYTHONPATH": str(root.parent)}
+    said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    for row, folder in zip(rows, folders, strict=True):
+        verdict = json.loads(said)[folder]
+        for name, path in JUDGED.items():
+            value: Any = verdict
+            for key in path.split("."):
+                value = value[key]
+            row[f"saelens_{name}"] = value
+
+
 def table(rows: list[Row]) -> str:
     """Mean ± standard deviation over the seeds, one line for each method and k."""
     groups: dict[tuple[str, int], list[Row]] = {}
@@ -160,7 +188,23 @@ def ratios(rows: list[Row], ours: str = "fipo") -> dict[str, float]:
             own, other = values(ours, key), values(rival, key)
             if own and sum(other) > 0:
                 found[f"{key}_share_of_{rival}"] = statistics.fmean(own) / statistics.fmean(other)
-    return found
+    gaps = [abs(row[name] - row[f"saelens_{name}"]) for row in rows for name in JUDGED if f"saelens_{name}" in row]
+    return found | ({"largest_gap_to_saelens_evaluation": max(gaps)} if gaps else {})
+
+
+def merged(files: Sequence[Path]) -> dict[str, Any]:
+    """Rows of several results as one result; settings must be the same, and no row may come twice."""
+    results = [read_json(file) for file in files]
+    rows: dict[tuple[Any, ...], Row] = {}
+    for file, result in zip(files, results, strict=True):
+        same = result["settings"] == results[0]["settings"]
+        require(same, f"settings of {file}", result["settings"], f"those of {files[0]}")
+        for row in result["rows"]:
+            key = (row["method"], row["k"], row["seed"])
+            require(key not in rows, f"row of {file}", key, "one that no earlier file has")
+            rows[key] = row
+    revisions = sorted({result["git_revision"] for result in results})
+    return {**results[0], "git_revision": ", ".join(revisions), "rows": list(rows.values())}
 
 
 def the_truth(features: int, saved: Path | None) -> SyntheticModel:
@@ -188,8 +232,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens to evaluate on")
     parser.add_argument("--truth", type=Path, help="where the truth is kept between calls")
     parser.add_argument("--save", type=Path, help="folder for the trained SAEs, in SAELens' format")
+    parser.add_argument("--judge", metavar="PYTHON", help="of an environment with sae-lens; needs --save and --truth")
+    parser.add_argument(
+        "--merge", nargs="+", type=Path, metavar="RESULT", help="results to put together; trains nothing"
+    )
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
+    if given.merge:
+        publish(given.json, merged(given.merge))
+        return
+    if given.judge and not (given.save and given.truth):
+        parser.error("--judge needs --save and --truth, from which SAELens reads")
     truth = the_truth(given.features, given.truth).to(given.device)
     rows = []
     for k in given.k:
@@ -197,16 +250,17 @@ def main() -> None:
             for row in run(given.methods, seed, k, truth, given):
                 rows.append(row)
                 sys.stderr.write(json.dumps(row) + "\n")
-    result = {
-        "name": "ground_truth",
-        "settings": {name: getattr(given, name) for name in ("features", "steps", "rate", "tokens")},
-        "hardware": hardware(given.device),
-        **provenance(),
-        "rows": rows,
-        "ratios": ratios(rows),
-    }
-    write_json(given.json, result)
-    sys.stdout.write(table(rows) + "\n")
+    if given.judge:
+        judged(rows, given.judge, given.save, given.truth, given.tokens)
+    settings = {name: getattr(given, name) for name in ("features", "steps", "rate", "tokens")}
+    origin = {"hardware": hardware(given.device), **provenance()}
+    publish(given.json, {"name": "ground_truth", "settings": settings, **origin, "rows": rows})
+
+
+def publish(path: Path, result: dict[str, Any]) -> None:
+    """Write the result with its ratios, print its table."""
+    write_json(path, {**result, "ratios": ratios(result["rows"])})
+    sys.stdout.write(table(result["rows"]) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Run in an environment of its own that has sae-lens 6.54, with this repository on PYTHONPATH:
 
     python benchmarks/saelens_reference.py fixtures tests/fixtures/saelens.json
-    python benchmarks/saelens_reference.py judge SAE_FOLDER --truth TRUTH.safetensors   # a saved SyntheticModel
+    python benchmarks/saelens_reference.py judge SAE_FOLDER ... --truth TRUTH.safetensors   # a saved SyntheticModel
 
 The package itself never imports sae-lens.
 """
@@ -220,13 +220,14 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description="SAELens' own numbers.")
     parser.add_argument("what", choices=["fixtures", "judge"])
-    parser.add_argument("path", type=Path)
+    parser.add_argument("paths", nargs="+", type=Path)
     parser.add_argument("--truth", type=Path)
     parser.add_argument("--tokens", type=int, default=20_000)
     given = parser.parse_args()
     if given.what == "judge":
-        result = judge(given.path, Ours(**load_tensors(given.truth)), given.tokens)
-        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        truth = Ours(**load_tensors(given.truth))
+        said = {str(folder): judge(folder, truth, given.tokens) for folder in given.paths}
+        sys.stdout.write(json.dumps(said, indent=1) + "\n")
         return
     warnings.simplefilter("ignore")
     content = {
@@ -235,8 +236,9 @@ def main() -> None:
         "evaluation": evaluation(),
         "losses": losses(),
     }
-    given.path.parent.mkdir(parents=True, exist_ok=True)
-    given.path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    (out,) = given.paths
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 import torch
 import toys
 
+from fipo.errors import UserError
 from fipo.synthetic import Truth, build
 
 FILE = Path(__file__).parent.parent / "benchmarks" / "ground_truth.py"
@@ -58,3 +59,33 @@ def test_ratios_are_differences_in_standard_errors_and_shares(bench):
     assert found["absorption_share_of_matryoshka"] == pytest.approx(0.25)
     assert found["composition_share_of_matryoshka"] == 1 and not [name for name in found if "batchtopk" in name]
     assert bench.ratios(rows[2:]) == {}
+
+
+def test_results_of_several_seeds_are_put_together(bench, tmp_path, monkeypatch, capsys):
+    def written(name, steps, *seeds):
+        rows = [dict.fromkeys(bench.SHOWN, 0.5) | {"method": "fipo", "seed": seed, "k": 6} for seed in seeds]
+        (tmp_path / name).write_text(json.dumps({"settings": {"steps": steps}, "git_revision": name, "rows": rows}))
+        return str(tmp_path / name)
+
+    first, second, other, twice = written("a", 4, 1), written("b", 4, 2, 3), written("c", 5, 4), written("d", 4, 1)
+
+    def merge(*files):
+        monkeypatch.setattr(sys, "argv", ["ground_truth.py", "--json", str(tmp_path / "all.json"), "--merge", *files])
+        bench.main()
+        return json.loads((tmp_path / "all.json").read_text())
+
+    result = merge(first, second)
+    assert [row["seed"] for row in result["rows"]] == [1, 2, 3] and result["git_revision"] == "a, b"
+    assert "| fipo | 6 | 3 |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="settings of .*c .*those of .*a"):
+        merge(first, other)
+    with pytest.raises(UserError, match="one that no earlier file has"):
+        merge(first, twice)
+
+
+def test_the_gap_to_saelens_is_the_largest_of_all_measures(bench):
+    row = {"method": "fipo", "seed": 1, "k": 6}
+    for number, name in enumerate(bench.JUDGED):
+        row |= {name: 0.5, f"saelens_{name}": 0.5 - 0.01 * number}
+    row |= {"absorption": None, "composition": 0.1}
+    assert bench.ratios([row]) == {"largest_gap_to_saelens_evaluation": pytest.approx(0.04)}
