@@ -60,10 +60,14 @@ def candidate_pairs(
     generator: torch.Generator,
     partners: int | None = None,
     autocast: bool = True,
+    held_P2: Tensor | None = None,
 ) -> Tensor:
     """Pairs [P, 2] of unit rows with cosine >= `min_cosine` that met in a bucket of one of the tables.
 
     Sorted, i < j, none twice. Where a bucket has no room for all its rows, `collision_probability` overstates.
+
+    `held_P2`: pairs found earlier, which compete with the new ones; a pair that one draw of planes misses is then
+    missing only until a later draw finds it.
 
     `partners`: keep, of every row's pairs with rows of higher priority, only so many of the closest; None keeps all.
     """
@@ -72,6 +76,9 @@ def candidate_pairs(
     buckets_FT = bucket_numbers(unit_FD, planes_DTS, autocast)
     numbers_F = torch.arange(latents, device=unit_FD.device)
     found = []
+    if held_P2 is not None:
+        still_P = _cosines(unit_FD, held_P2) >= min_cosine
+        found.append(held_P2[still_P, 0] * latents + held_P2[still_P, 1])
     for table in range(tables):
         queues = BucketQueues(2**bits, capacity, device=unit_FD.device)
         queues.offer(buckets_FT[:, table], priority_F, numbers_F)
@@ -94,7 +101,11 @@ def _closest(unit_FD: Tensor, priority_F: Tensor, pairs_P2: Tensor, partners: in
     """Numbers, rising, of the pairs that are among the `partners` closest of their row of lower priority."""
     first_P, second_P = pairs_P2.unbind(1)
     lower_P = torch.where(priority_F[second_P] > priority_F[first_P], first_P, second_P)
-    cos_P = torch.cat([(unit_FD[part[:, 0]] * unit_FD[part[:, 1]]).sum(1) for part in pairs_P2.split(16_384)])
     queues = BucketQueues(unit_FD.shape[0], partners, device=unit_FD.device)
-    queues.offer(lower_P, cos_P, torch.arange(pairs_P2.shape[0], device=unit_FD.device))
+    queues.offer(lower_P, _cosines(unit_FD, pairs_P2), torch.arange(pairs_P2.shape[0], device=unit_FD.device))
     return queues.items_QC[queues.items_QC >= 0].sort().values
+
+
+def _cosines(unit_FD: Tensor, pairs_P2: Tensor) -> Tensor:
+    """Cosine of every pair, [P]; some pairs at a time."""
+    return torch.cat([(unit_FD[part[:, 0]] * unit_FD[part[:, 1]]).sum(1) for part in pairs_P2.split(16_384)])

@@ -53,8 +53,9 @@ class LSH:
 
     tables: int = 16
     """T, hash tables."""
-    bits: int = 5
-    """S, sign bits a table; 2^S buckets. 0, with one table and a capacity of F, compares all pairs."""
+    bits: int | None = None
+    """S, sign bits a table; 2^S buckets. null: as many as leave half a queue's capacity or more a bucket. 0, with one
+    table and a capacity of F, compares all pairs."""
     capacity: int = 128
     """C, latents of highest importance that a bucket keeps."""
     min_cosine: float = 0.2
@@ -68,11 +69,15 @@ class LSH:
 
     def __post_init__(self) -> None:
         require(self.tables > 0, "lsh.tables", self.tables, "a positive number of tables")
-        require(0 <= self.bits <= 24, "lsh.bits", self.bits, "0 to 24 bits")
+        require(self.bits is None or 0 <= self.bits <= 24, "lsh.bits", self.bits, "0 to 24 bits, or null")
         require(self.capacity > 1, "lsh.capacity", self.capacity, "room for at least one pair")
         require(0 <= self.min_cosine < 1, "lsh.min_cosine", self.min_cosine, "a cosine from 0 to below 1")
         require(self.partners is None or self.partners > 0, "lsh.partners", self.partners, "a positive number or null")
         require(self.refresh_every > 0, "lsh.refresh_every", self.refresh_every, "a positive number of steps")
+
+    def bits_of(self, latents: int) -> int:
+        """S for a dictionary of F latents."""
+        return self.bits if self.bits is not None else min(24, max(1, 2 * latents // self.capacity).bit_length() - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

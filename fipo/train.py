@@ -230,6 +230,7 @@ def decoder_penalty(state: TrainState, penalty: Penalty) -> Tensor:
         return objective.chunked_orthogonality(dec_FD, order_F, penalty.chunk)
     settings = state.config.lsh
     assert settings is not None
+    bits = settings.bits_of(len(dec_FD))
     return objective.orthogonality(
         dec_FD,
         state.importance.values(),
@@ -237,7 +238,7 @@ def decoder_penalty(state: TrainState, penalty: Penalty) -> Tensor:
         estimator=penalty.estimator,
         yields=penalty.yields,
         margin=penalty.margin,
-        probability=lambda cos: lsh.collision_probability(cos, settings.tables, settings.bits),
+        probability=lambda cos: lsh.collision_probability(cos, settings.tables, bits),
     )
 
 
@@ -254,20 +255,23 @@ def latent_levels(state: TrainState) -> Tensor:
 
 
 def refresh_pairs(state: TrainState) -> None:
-    """Every n steps: mine the candidate pairs anew, with new planes."""
-    settings = state.config.lsh
+    """Every n steps: mine candidate pairs with new planes. Those held stay in the running, unless each pair is to be
+    weighted by its chance of being found."""
+    settings, penalty = state.config.lsh, state.config.penalty
     if settings is None or state.step % settings.refresh_every:
         return
+    unbiased = penalty is not None and penalty.estimator == "unbiased"
     state.pairs_P2 = lsh.candidate_pairs(
         state.sae.dec_FD.detach(),
         state.importance.values(),
         tables=settings.tables,
-        bits=settings.bits,
+        bits=settings.bits_of(state.sae.latents),
         capacity=settings.capacity,
         min_cosine=settings.min_cosine,
         generator=state.generator,
         partners=settings.partners,
         autocast=settings.autocast,
+        held_P2=None if unbiased else state.pairs_P2,
     )
 
 

@@ -103,7 +103,7 @@ def test_missing_key_is_named(key):
         ("levels.order", "random"),
         ("levels.shares", [0.5, math.nan]),
         ("lsh.autocast", 0),
-        ("lsh.bits", 5.0),
+        ("lsh.bits", 5.5),
     ],
 )
 def test_wrong_type_is_named(key, value):

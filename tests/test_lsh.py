@@ -82,11 +82,12 @@ def test_recall_of_the_default_settings_for_cosines_of_a_half_and_more(latents):
     unit_FD = clustered(latents)
     cos_FF = (unit_FD @ unit_FD.T).triu(1)
     close_P2 = (cos_FF >= 0.5).nonzero()
-    expected = collision_probability(cos_FF[cos_FF >= 0.5], DEFAULT.tables, DEFAULT.bits).mean().item()
+    bits = 5  # the default's for 2,048 to 4,095 latents
+    expected = collision_probability(cos_FF[cos_FF >= 0.5], DEFAULT.tables, bits).mean().item()
     candidates = found(
         unit_FD,
         tables=DEFAULT.tables,
-        bits=DEFAULT.bits,
+        bits=bits,
         capacity=DEFAULT.capacity,
         min_cosine=DEFAULT.min_cosine,
         autocast=True,
@@ -141,6 +142,39 @@ def test_partners_are_the_closest_rows_of_higher_priority(partners):
     expected = sorted(pair for one in above for _, pair in sorted(one, reverse=True)[:partners])
     limited = found(unit_FD, seed=7, priority_F=torch.tensor(priority).float(), partners=partners)
     assert limited.tolist() == expected and len(expected) < len(pairs)
+
+
+def test_by_default_buckets_grow_in_number_with_the_dictionary():
+    bits = {latents: DEFAULT.bits_of(latents) for latents in (1, 60, 1024, 2048, 3072, 4096, 16_384, 65_536)}
+    assert bits == {1: 0, 60: 0, 1024: 4, 2048: 5, 3072: 5, 4096: 6, 16_384: 8, 65_536: 10}
+    assert LSH(bits=3).bits_of(16_384) == 3 and LSH(capacity=16).bits_of(64) == 3
+
+
+def test_pairs_held_stay_until_they_are_no_longer_close():
+    """Whatever the new planes find; of all, old and new, the closest partners are kept."""
+    unit_FD, close, far = rows(40), [3, 17], [5, 9]
+    unit_FD[17] = torch.nn.functional.normalize(unit_FD[3] + 0.1 * unit_FD[17], dim=0)
+    unit_FD[9] = -unit_FD[5]
+    held_P2 = torch.tensor([close, far])
+    never = dict(tables=1, bits=20, min_cosine=0.2)
+    assert found(unit_FD, **never).tolist() in ([], [close])
+    assert found(unit_FD, held_P2=held_P2, **never).tolist() == [close]
+    new = found(unit_FD, min_cosine=0.2).tolist()
+    assert found(unit_FD, min_cosine=0.2, held_P2=held_P2).tolist() == sorted(new + [close] * (close not in new))
+    one_each = found(unit_FD, min_cosine=0.2, held_P2=held_P2, partners=1).tolist()
+    assert [pair for pair in one_each if pair[0] == 3] == [close] and len(one_each) < len(new)
+
+
+def test_refreshes_add_up_to_the_closest_partner_of_every_row():
+    """One refresh of few tables finds a part of all pairs; twenty, each holding what was found, nearly all."""
+    unit_FD = clustered(512)
+    priority_F = torch.arange(512).float()
+    every = found(unit_FD, priority_F=priority_F, tables=1, bits=0, min_cosine=0.3, partners=1)
+    shares, held_P2 = [], None
+    for seed in range(20):
+        held_P2 = found(unit_FD, seed, priority_F, tables=2, bits=5, min_cosine=0.3, partners=1, held_P2=held_P2)
+        shares.append(len(set(map(tuple, held_P2.tolist())) & set(map(tuple, every.tolist()))) / len(every))
+    assert shares[0] < 0.7 and shares[-1] > 0.98
 
 
 def test_partners_of_nobody_are_none():
