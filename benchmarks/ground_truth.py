@@ -65,10 +65,18 @@ SHOWN = ("mcc", "f1", "precision", "recall", "explained_variance", "absorption",
 SHOWN += ("mean_max_cosine", "dead_share", "l0", "ms_per_step")
 
 
-def config_of(method: dict[str, Any], truth: SyntheticModel, k: int, steps: int, rate: float, seed: int) -> RunConfig:
-    """The run of a method: a quarter as many latents as features, batches of 1,024 tokens."""
+def config_of(
+    method: dict[str, Any],
+    truth: SyntheticModel,
+    k: int,
+    steps: int,
+    rate: float,
+    seed: int,
+    latents: int | None = None,
+) -> RunConfig:
+    """The run of a method: a quarter as many latents as features unless said otherwise, batches of 1,024 tokens."""
     method = dict(method)
-    latents = len(truth.mean_G) // 4
+    latents = latents or len(truth.mean_G) // 4
     workload = Workload(
         name="synthetic",
         model="none",

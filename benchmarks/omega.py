@@ -1,0 +1,155 @@
+"""Ω on the pairs that LSH finds against Ω on all pairs: how much of its gain is left, and at what cost?
+
+    python -m benchmarks.omega --json OUT.json [--seeds 3] [--latents 4096] [--steps 600] [--wide 32768]
+
+Gain: BatchTopK SAEs of as many latents as the truth has features are trained three ways on the same tokens of a known
+truth (`fipo.synthetic`): without Ω, with Ω on LSH's pairs at the default settings, and with Ω on every latent's truly
+closest more important one, searched anew at each step. All three are judged by Ω over all pairs and by the mean max
+cosine; the share is what LSH's pairs took off Ω, of what all pairs took off.
+
+Cost: seconds a step of both at --wide latents of width 768 (groups of four with cosines near .4, σ at random), a
+refresh of the pairs spread over its steps. All pairs need the whole Gram matrix; it is made without a gradient, some
+rows at a time, and only the closest pairs are differentiated: the cheapest exact form that we know.
+"""
+
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import arguments, interleaved, publish
+from benchmarks.ground_truth import config_of, evaluate
+from fipo.config import LSH, Importance, Penalty
+from fipo.data.prepare import statistics as mean_and_scale
+from fipo.lsh import candidate_pairs
+from fipo.metrics import max_cosines
+from fipo.objective import orthogonality
+from fipo.randomness import generator_for
+from fipo.synthetic import SyntheticModel, Truth, build
+from fipo.train import TrainState, build_state, train_step
+
+PARTS: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty()}
+WAYS: dict[str, dict[str, Any]] = {
+    "none": {"importance": Importance()},
+    "LSH's pairs": PARTS,
+    "all pairs": PARTS | {"lsh": LSH(refresh_every=10**9)},
+}
+"""What each differs in from BatchTopK; the closest of all pairs are set from outside, step by step."""
+
+
+@torch.no_grad()
+def closest_pairs(unit_FD: Tensor, priority_F: Tensor, rows: int = 1024) -> Tensor:
+    """Every row with the closest row of higher priority, [P, 2]; those with a positive cosine. Searches all pairs."""
+    found = []
+    for members_N in torch.arange(len(unit_FD), device=unit_FD.device).split(rows):
+        cos_NF = unit_FD[members_N] @ unit_FD.T
+        cos_NF.masked_fill_(priority_F[None, :] <= priority_F[members_N, None], -1.0)
+        cos_N, partner_N = cos_NF.max(1)
+        found.append(torch.stack([members_N, partner_N], 1)[cos_N > 0])
+    return torch.cat(found)
+
+
+def omega_of_all(dec_FD: Tensor, sigma_F: Tensor) -> float:
+    """Ω over all pairs."""
+    unit_FD = dec_FD / dec_FD.norm(dim=1, keepdim=True)
+    return orthogonality(unit_FD, sigma_F, closest_pairs(unit_FD, sigma_F)).item()
+
+
+def trained(truth: SyntheticModel, latents: int, k: int, steps: int, seed: int) -> dict[str, TrainState]:
+    """A state of every way, trained in step on the same tokens."""
+    configs = {way: config_of(parts, truth, k, steps, 3e-3, seed, latents) for way, parts in WAYS.items()}
+    first_BD = truth.sample(20_000, generator_for(seed, "statistics")).acts_BD
+    mean_LD, scale_L = mean_and_scale(first_BD[:, None])
+    states = {way: build_state(config, 0, mean_LD[0], scale_L[0].item()) for way, config in configs.items()}
+    for sample in truth.batches(1024 * steps, 1024, generator_for(seed, "data")):
+        for way, state in states.items():
+            if way == "all pairs":
+                state.pairs_P2 = closest_pairs(state.sae.dec_FD.detach(), state.importance.values())
+            train_step(state, sample.acts_BD)
+    return states
+
+
+def gain_rows(truth: SyntheticModel, given: Any) -> tuple[list[dict[str, Any]], list[float]]:
+    """A row a seed and way, and the share of the gain of every seed."""
+    rows, shares = [], []
+    for seed in range(1, given.seeds + 1):
+        left = {}
+        for way, state in trained(truth, given.latents, given.k, given.steps, seed).items():
+            dec_FD = state.sae.dec_FD.detach()
+            left[way] = omega_of_all(dec_FD, state.importance.values())
+            found = evaluate(state, truth, 10_000)
+            row = {"what": f"F={given.latents:,}, {given.steps} steps", "pairs": way, "seed": seed, "Ω": left[way]}
+            row |= {
+                "mean max cosine": max_cosines(dec_FD).mean().item(),
+                "explained variance": found.explained_variance,
+            }
+            rows.append(row | {"mcc": found.mcc, "f1": found.f1})
+        shares.append((left["none"] - left["LSH's pairs"]) / (left["none"] - left["all pairs"]))
+    return rows, shares
+
+
+def cost_rows(latents: int, rounds: int, width: int = 768) -> tuple[list[dict[str, Any]], float]:
+    """Seconds a step of both, and LSH's share."""
+    generator, settings = torch.Generator().manual_seed(0), LSH()
+    dec_FD = torch.randn(latents, width, generator=generator)
+    dec_FD += 0.8 * torch.randn(latents // 4, width, generator=generator).repeat(4, 1)
+    dec_FD = (dec_FD / dec_FD.norm(dim=1, keepdim=True)).requires_grad_()
+    sigma_F = torch.rand(latents, generator=generator)
+    held: dict[str, Tensor] = {}
+
+    def refresh() -> None:
+        held["LSH's pairs"] = candidate_pairs(
+            dec_FD.detach(),
+            sigma_F,
+            tables=settings.tables,
+            bits=settings.bits_of(latents),
+            capacity=settings.capacity,
+            min_cosine=settings.min_cosine,
+            generator=generator,
+            partners=settings.partners,
+            autocast=settings.autocast,
+            held_P2=held.get("LSH's pairs"),
+        )
+
+    def search() -> None:
+        held["all pairs"] = closest_pairs(dec_FD.detach(), sigma_F)
+
+    def gradient(way: str) -> object:
+        return torch.autograd.grad(orthogonality(dec_FD, sigma_F, held[way]), dec_FD)
+
+    refresh()
+    search()
+    work = {
+        "refresh": refresh,
+        "search": search,
+        "LSH's pairs": lambda: gradient("LSH's pairs"),
+        "all pairs": lambda: gradient("all pairs"),
+    }
+    seconds = interleaved(work, rounds)
+    costs = {
+        f"LSH's pairs, refreshed every {settings.refresh_every} steps": seconds["LSH's pairs"]
+        + seconds["refresh"] / settings.refresh_every,
+        "all pairs, every step": seconds["all pairs"] + seconds["search"],
+        f"all pairs, searched every {settings.refresh_every} steps": seconds["all pairs"]
+        + seconds["search"] / settings.refresh_every,
+    }
+    few, every = (len(pairs_P2) for pairs_P2 in held.values())
+    what = f"cost F={latents:,} D={width}, {few:,} and {every:,} pairs"
+    rows = [{"what": what, "pairs": way, "seconds a step": cost} for way, cost in costs.items()]
+    ours, exact, _ = costs.values()
+    return rows, ours / exact
+
+
+def main() -> None:
+    """Measure and publish."""
+    given = arguments(__doc__, seeds=3, latents=4096, features=4096, k=12, steps=600, wide=32_768, rounds=3)
+    truth = build(Truth(features=given.features), generator_for(0, "truth"))
+    rows, shares = gain_rows(truth, given)
+    ratios = {"gain_share": statistics.fmean(shares), "smallest_gain_share": min(shares)}
+    more, ratios["cost_share"] = cost_rows(given.wide, given.rounds)
+    publish("omega", [*rows, *more], ratios, given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""benchmarks/omega.py: the exact search is exact, and a short run of both ways is published."""
+
+import json
+import sys
+
+import pytest
+import torch
+import toys
+
+from benchmarks import omega
+from fipo.objective import orthogonality
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_closest_pairs_are_what_the_max_over_all_pairs_pays(rows):
+    dec_FD = torch.nn.functional.normalize(torch.randn(40, 8, generator=toys.seeded()), dim=1)
+    sigma_F = torch.rand(40, generator=toys.seeded(1))
+    every_P2 = torch.combinations(torch.arange(40))
+    pairs_P2 = omega.closest_pairs(dec_FD, sigma_F, rows)
+    assert len(pairs_P2) <= 39 and (sigma_F[pairs_P2[:, 1]] > sigma_F[pairs_P2[:, 0]]).all()
+    # The share σ / (σ + σ') differs from pair to pair, so that the dearest pair need not be the closest one.
+    nearly = orthogonality(dec_FD, sigma_F, pairs_P2)
+    assert 0.8 * orthogonality(dec_FD, sigma_F, every_P2) <= nearly <= orthogonality(dec_FD, sigma_F, every_P2) + 1e-7
+    cos_FF = dec_FD @ dec_FD.T
+    for lower, upper in pairs_P2.tolist():
+        assert cos_FF[lower, upper] == max(cos_FF[lower, sigma_F > sigma_F[lower]])
+
+
+def test_a_short_run_is_published(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "omega.json"
+    settings = dict(seeds=1, latents=32, features=64, k=3, steps=6, wide=256, rounds=1)
+    arguments = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["omega.py", "--json", str(out), *arguments])
+    omega.main()
+    result = json.loads(out.read_text())
+    assert result["name"] == "omega" and set(result["ratios"]) == {"gain_share", "smallest_gain_share", "cost_share"}
+    assert [row["pairs"] for row in result["rows"][:3]] == list(omega.WAYS)
+    assert result["ratios"]["cost_share"] > 0 and "all pairs, every step" in capsys.readouterr().out
