@@ -25,7 +25,10 @@ TILE = 8
 
 
 class Activation(nn.Module):
-    """What every activation offers besides `forward(pre_BF) -> codes_BF`."""
+    """What every activation offers besides `forward(pre_BF, k=None) -> codes_BF`.
+
+    `k`: active latents a token for this once, where it is not the usual number; without a budget it means nothing.
+    """
 
     sparse = False
     """Are codes few by construction, so that pairs had better be used than matrices? Then `forward` gives them."""
@@ -66,7 +69,7 @@ def above(pre_BF: Tensor, maxima_BT: Tensor, floor: Tensor) -> tuple[Tensor, Ten
 class ReLU(Activation):
     """a = max(pre, 0)."""
 
-    def forward(self, pre_BF: Tensor) -> Tensor:
+    def forward(self, pre_BF: Tensor, *, k: int | None = None) -> Tensor:
         """Codes [B, F]."""
         return pre_BF.relu()
 
@@ -85,13 +88,14 @@ class TopK(Activation):
         super().__init__()
         self.k = k
 
-    def forward(self, pre_BF: Tensor, *, as_pairs: bool = False) -> Codes | Tensor:
+    def forward(self, pre_BF: Tensor, *, as_pairs: bool = False, k: int | None = None) -> Codes | Tensor:
         """Codes [B, F], or their pairs without a gradient."""
-        latents_BK = largest(pre_BF.detach(), self.k)
+        k = k or self.k
+        latents_BK = largest(pre_BF.detach(), k)
         values_BK = pre_BF.gather(-1, latents_BK).relu()
         if not as_pairs:
             return torch.zeros_like(pre_BF).scatter(-1, latents_BK, values_BK)
-        token_N = torch.arange(len(pre_BF), device=pre_BF.device).repeat_interleave(self.k)
+        token_N = torch.arange(len(pre_BF), device=pre_BF.device).repeat_interleave(k)
         return pairs(values_BK.detach().flatten(), token_N, latents_BK.flatten(), *pre_BF.shape)
 
 
@@ -113,30 +117,29 @@ class BatchTopK(Activation):
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("_weight", torch.zeros(()))
 
-    def forward(self, pre_BF: Tensor, *, as_pairs: bool = False) -> Codes | Tensor:
+    def forward(self, pre_BF: Tensor, *, as_pairs: bool = False, k: int | None = None) -> Codes | Tensor:
         """Codes [B, F], or their pairs without a gradient."""
+        count = min((k or self.k) * pre_BF.shape[0], pre_BF.numel())
         if as_pairs:
-            return pairs(*self._kept(pre_BF.detach()), *pre_BF.shape)
+            return pairs(*self._kept(pre_BF.detach(), count), *pre_BF.shape)
         if self.training:
-            keep_BF = pre_BF >= self._boundary(pre_BF.detach()).clamp_min(0)
+            keep_BF = pre_BF >= self._boundary(pre_BF.detach(), count).clamp_min(0)
         else:
             keep_BF = pre_BF > self.threshold
         return torch.where(keep_BF, pre_BF, 0)
 
-    def _boundary(self, pre_BF: Tensor) -> Tensor:
-        """The (k B)-th largest value. Values far below the running threshold cannot matter, so they are sorted out
+    def _boundary(self, pre_BF: Tensor, count: int) -> Tensor:
+        """The count-th largest value. Values far below the running threshold cannot matter, so they are sorted out
         first; when too few remain the whole batch is searched: the answer is the same, only the time differs."""
-        count = min(self.k * pre_BF.shape[0], pre_BF.numel())
         candidates = pre_BF[pre_BF > 0.7 * self.threshold.to(pre_BF.dtype)]
         if candidates.numel() < count:
             candidates = pre_BF.flatten()
         return candidates.topk(count, sorted=False).values.min()
 
-    def _kept(self, pre_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _kept(self, pre_BF: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Values, tokens and latents of the positive codes. The search starts at the running threshold, as in
         `_boundary`; with too few values above it, at the boundary of the tiles' maxima, below which none can be."""
         assert self.training, "in evaluation the threshold decides, token by token"
-        count = min(self.k * pre_BF.shape[0], pre_BF.numel())
         maxima_BT = _tiles(pre_BF).amax(1)
         found = above(pre_BF, maxima_BT, 0.9 * self.threshold.to(pre_BF.dtype))
         if found[0].numel() < count <= maxima_BT.numel():
@@ -188,7 +191,7 @@ class JumpReLU(Activation):
         """θ, shape [F], in units of the codes."""
         return self.log_threshold_F.exp()
 
-    def forward(self, pre_BF: Tensor) -> Tensor:
+    def forward(self, pre_BF: Tensor, *, k: int | None = None) -> Tensor:
         """Codes [B, F]; the gradient to θ is that of the step, times pre."""
         if not torch.is_grad_enabled():
             return torch.where(pre_BF > self.threshold_F, pre_BF, 0)

@@ -113,6 +113,8 @@ class Levels:
     """Share of the dictionary in the first m levels; increasing, the last one is 1."""
     stop_gradient: float = 0.5
     """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
+    rise: float = 0.8
+    """Share of the steps over which s rises from 0: latents must first be found, by every level's gradient."""
     plain: float = 0.0
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
     decoder_only: float = 0.25
@@ -122,6 +124,7 @@ class Levels:
         rising = all(a < b for a, b in zip((0.0, *self.shares), self.shares, strict=False))
         require(rising and self.shares[-1:] == (1.0,), "levels.shares", self.shares, "rising shares that end in 1.0")
         require(0 <= self.stop_gradient <= 1, "levels.stop_gradient", self.stop_gradient, "a strength from 0 to 1")
+        require(0 <= self.rise <= 1, "levels.rise", self.rise, "a share from 0 to 1")
         require(0 <= self.plain <= 1, "levels.plain", self.plain, "a weight from 0 to 1")
         require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
 
@@ -132,6 +135,10 @@ class Optimiser:
 
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises from 0."""
+    k_start: float = 4.0
+    """Multiple of k with which topk and batchtopk start, so that every latent learns before the budget is short."""
+    k_fall: float = 0.3
+    """Share of the steps over which it falls to 1."""
     penalty_warmup: float = 0.5
     """Share of the steps over which λ_s and λ_o rise from 0: an unlearned dictionary must not be thinned."""
     decay: float = 0.2
@@ -145,6 +152,8 @@ class Optimiser:
 
     def __post_init__(self) -> None:
         require(0 <= self.warmup <= 1, "optimiser.warmup", self.warmup, "a share from 0 to 1")
+        require(self.k_start >= 1, "optimiser.k_start", self.k_start, "1 or more")
+        require(0 <= self.k_fall <= 1, "optimiser.k_fall", self.k_fall, "a share from 0 to 1")
         require(0 <= self.penalty_warmup <= 1, "optimiser.penalty_warmup", self.penalty_warmup, "a share from 0 to 1")
         require(0 <= self.decay <= 1, "optimiser.decay", self.decay, "a share from 0 to 1")
         require(

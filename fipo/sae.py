@@ -59,13 +59,14 @@ class SAE(nn.Module):
             return torch.addmm(self.enc_bias_F[latents_N], x_BD, self.enc_DF[:, latents_N])
         return torch.addmm(self.enc_bias_F, x_BD, self.enc_DF)
 
-    def training_codes(self, x_BD: Tensor) -> tuple[Tensor | None, Codes | Tensor]:
-        """Pre-activations and codes [B, F] of standardised input; of a sparse activation only the codes, as pairs."""
+    def training_codes(self, x_BD: Tensor, k: int) -> tuple[Tensor | None, Codes | Tensor]:
+        """Pre-activations and codes [B, F] of standardised input, `k` a token where the activation has such a budget;
+        of a sparse activation only the codes, as pairs."""
         if not self.activation.sparse:
             pre_BF = self.pre_codes(x_BD)
-            return pre_BF, self.activation(pre_BF)
+            return pre_BF, self.activation(pre_BF, k=k)
         with torch.no_grad():
-            codes = self.activation(self.pre_codes(x_BD), as_pairs=True)
+            codes = self.activation(self.pre_codes(x_BD), as_pairs=True, k=k)
         return None, attach(codes, x_BD, self.enc_DF, self.enc_bias_F)
 
     def reconstruct(self, codes: Codes | Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from fipo.randomness import generator_for
 from fipo.reservoir import PriorityReservoir
 from fipo.revival import revive
 from fipo.sae import SAE
+from fipo.schedules import active_latents, decoder_only, learning_rate, penalty_share, stop_gradient
 from fipo.sparse import Codes, positive
 
 
@@ -140,25 +141,6 @@ def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, dev
     )
 
 
-def learning_rate(config: RunConfig, step: int) -> float:
-    """Linear warm-up, constant, linear decay to 0 over the last steps."""
-    steps, schedule = config.workload.steps, config.optimiser
-    rising = (step + 1) / max(1.0, schedule.warmup * steps)
-    falling = (steps - step) / max(1.0, schedule.decay * steps)
-    return config.workload.learning_rate * min(1.0, rising, falling)
-
-
-def penalty_share(config: RunConfig, step: int) -> float:
-    """Share of λ_s and λ_o that is in force: rises from 0 to 1 over the penalty warm-up."""
-    return min(1.0, (step + 1) / max(1.0, config.optimiser.penalty_warmup * config.workload.steps))
-
-
-def decoder_only(config: RunConfig, step: int) -> bool:
-    """Is this step in the last phase, in which the decoder alone learns?"""
-    levels = config.levels
-    return levels is not None and step >= round((1 - levels.decoder_only) * config.workload.steps)
-
-
 def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
     """One step on model activations [B, D]: the only mutator of `state`."""
     config, sae, settings = state.config, state.sae, state.config.optimiser
@@ -168,7 +150,7 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
     x_BD = sae.standardise(acts_BD)
     with torch.autocast(x_BD.device.type, dtype=torch.bfloat16, enabled=settings.autocast):
         with torch.set_grad_enabled(not frozen):
-            pre_BF, codes = sae.training_codes(x_BD)
+            pre_BF, codes = sae.training_codes(x_BD, active_latents(config, state.step))
         terms, x_hat_BD = loss_terms(state, x_BD, pre_BF, codes, frozen)
     state.optimizer.zero_grad()
     terms.total.backward()
@@ -203,7 +185,7 @@ def loss_terms(
         levels = [sae.reconstruct(codes)]
     else:
         parts_BMD = decode_levels(codes, sae.dec_FD, latent_levels(state), len(config.levels.shares))
-        levels = objective.nested_reconstructions(parts_BMD, sae.dec_bias_D, config.levels.stop_gradient)
+        levels = objective.nested_reconstructions(parts_BMD, sae.dec_bias_D, stop_gradient(config, state.step))
     x_hat_BD = levels[-1]
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
     if not frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):

@@ -219,6 +219,6 @@ def test_loaded_moments_lie_in_memory_as_their_parameter():
 def test_levels_are_sorted_within_a_token():
     state = trained("run_6", True, "batchtopk", steps=2)
     x_BD = toys.activations(1, seed=7)[0]
-    _, codes = state.sae.training_codes(x_BD)
+    _, codes = state.sae.training_codes(x_BD, 3)
     parts_BMD, dense_BMD = (decode_levels(c, state.sae.dec_FD, latent_levels(state), 3) for c in (codes, codes.dense()))
     assert torch.allclose(parts_BMD, dense_BMD, atol=1e-5)

@@ -30,7 +30,7 @@ CORE = [
         "lsh",
         "revival",
     ),
-    *("metrics", "train", "checkpoint", "files", "errors", "randomness"),
+    *("metrics", "train", "schedules", "checkpoint", "files", "errors", "randomness"),
 ]
 TRACKERS = ["reservoir", "lsh", "importance"]
 RANDOM = {

@@ -14,7 +14,8 @@ from fipo.config import Levels, Optimiser, Penalty, RunConfig
 from fipo.errors import UserError
 from fipo.metrics import max_cosines, quality
 from fipo.randomness import generator_for
-from fipo.train import TrainState, decoder_only, latent_levels, learning_rate, loss_terms, penalty_share, train_step
+from fipo.schedules import active_latents, decoder_only, learning_rate, penalty_share, stop_gradient
+from fipo.train import TrainState, latent_levels, loss_terms, train_step
 
 REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "saelens.json").read_text(encoding="utf-8"))["losses"]
 PLAIN = Levels(order="fixed", shares=(0.25, 1.0), stop_gradient=1.0, plain=1.0, decoder_only=0.0)
@@ -85,7 +86,7 @@ def test_the_optimiser_sees_the_sum_of_the_terms(monkeypatch):
 
 
 def test_reports_measure_the_step_s_batch():
-    state = toys.fresh(toys.run_config("topk"))
+    state = toys.fresh(toys.run_config("topk", optimiser=Optimiser(k_start=1.0, autocast=False)))
     (acts_BD,) = toys.activations(1)
     with torch.no_grad():
         state.sae.train()
@@ -341,6 +342,30 @@ def test_learning_rate_of_the_schedule_is_the_optimiser_s():
 def test_penalty_share_rises_over_the_warm_up(warmup, expected):
     config = toys.run_config("run_0", steps=10, optimiser=Optimiser(penalty_warmup=warmup))
     assert [penalty_share(config, step) for step in range(4)] == pytest.approx(expected)
+
+
+def test_k_falls_from_its_multiple_to_k():
+    config = toys.run_config("topk", steps=20, optimiser=Optimiser(k_start=5.0, k_fall=0.5))
+    assert [active_latents(config, step) for step in (0, 4, 9, 19)] == [14, 9, 3, 3]
+    more = replace(config, optimiser=Optimiser(k_start=9.0))
+    assert active_latents(more, 0) == toys.LATENTS, "there are no more"
+    at_once = replace(config, optimiser=Optimiser(k_start=5.0, k_fall=0.0))
+    assert [active_latents(at_once, step) for step in (0, 1)] == [3, 3]
+
+
+@pytest.mark.parametrize("name", ["topk", "run_6"])
+def test_a_step_has_as_many_active_latents_as_its_k(name):
+    config = toys.run_config(name, steps=20, optimiser=Optimiser(k_start=3.0, k_fall=0.5, autocast=False))
+    state = toys.fresh(config)
+    found = [train_step(state, acts_BD).l0 for acts_BD in toys.activations(12)]
+    assert found[0] > 6 and found[0] <= 9 and found[-1] <= 3
+
+
+def test_the_stop_gradient_rises_to_its_strength():
+    config = toys.run_config("run_6", steps=20, levels=Levels(stop_gradient=0.5, rise=0.5))
+    assert [stop_gradient(config, step) for step in (0, 4, 9, 19)] == [0.05, 0.25, 0.5, 0.5]
+    at_once = replace(config, levels=Levels(stop_gradient=0.5, rise=0.0))
+    assert [stop_gradient(at_once, step) for step in (0, 1)] == [0.5, 0.5]
 
 
 def test_decoder_only_is_the_last_share_of_the_steps():
