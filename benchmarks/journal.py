@@ -31,6 +31,7 @@ class Journal:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         self._folder, self._die_at = str(folder), die_at
         self._saving, self._changes = False, 0
+        os.nice(5)  # whoever stops the process comes first, on a single core too, so its moment is not the process's
         sys.addaudithook(self._changed)
 
     def _changed(self, event: str, given: tuple[Any, ...]) -> None:
@@ -59,6 +60,7 @@ class Journal:
     def saving(self, step: int) -> Iterator[None]:
         """A checkpoint of the state after `step`; it counts when the block is left in good order."""
         self._saving, before = True, self._changes
+        self.tell("saving", step=step)
         try:
             yield
         finally:
@@ -79,6 +81,8 @@ class Attempt(NamedTuple):
     """Of each step."""
     saved: list[int]
     """Steps of which a checkpoint was completed."""
+    in_save: bool
+    """Did it end while a checkpoint was written?"""
     changes: int
     """Of the file system, while saving."""
     seconds: float
@@ -107,6 +111,7 @@ def read_journal(path: Path, stopped: str | None = None, code: int | None = None
         adam=begin.get("adam"),
         rows=[event["rows"] for event in steps],
         saved=[event["step"] for event in saves],
+        in_save=bool(told) and told[-1]["event"] == "saving",
         changes=sum(event["changes"] for event in saves),
         seconds=(steps[-1]["at"] - begin["at"]) / len(steps) if begin and steps else 0.0,
         stopped=stopped,

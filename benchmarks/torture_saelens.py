@@ -1,14 +1,14 @@
 """The same kills for FIPO and for SAELens' own resume, in one table: what does each lose?
 
-    python -m benchmarks.torture_saelens --saelens PYTHON [--runs N] [--seed N] [--json OUT]
+    python -m benchmarks.torture_saelens [--saelens PYTHON] [--runs N] [--seed N] [--json OUT]
 
 Both train a small BatchTopK SAE on the same random GPT-NeoX and the same text, write as many checkpoints, and are
-stopped at the same planned moments of training: SIGKILL in a step, SIGKILL between two changes of the file system while
-a checkpoint is written, SIGTERM, SIGINT. Then they are started again, SAELens from the newest checkpoint there is (from
-the one before it where that fails to load, from nothing where there is none), and their final weights compared with
-those of a run of the same seed that was never stopped. SAELens runs twice: as it comes, and without mixing and with a
-buffer of one batch, so that no activation waits in memory. `--saelens` names the Python of an environment with it
-(`make torture-saelens` builds one). benchmarks/journal.py defines what is counted.
+stopped at the same planned moments of training: SIGKILL, SIGTERM and SIGINT at any moment, SIGKILL between two changes
+of the file system while a checkpoint is written. Then they are started again, SAELens from the newest checkpoint there
+is (from the one before it where that fails to load, from nothing where there is none), and their final weights compared
+with those of a run of the same seed that was never stopped. SAELens runs twice: as it comes, and without mixing and
+with a buffer of one batch, so that no activation waits in memory. `--saelens` names the Python of an environment with
+it (`make torture-saelens` builds one); without it FIPO runs alone. benchmarks/journal.py defines what is counted.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import statistics
 import subprocess
@@ -31,14 +32,15 @@ from benchmarks.common import arguments, publish
 from benchmarks.journal import ASKED, Attempt, Journal, account, distance, read_journal
 from fipo import checkpoint, loop
 from fipo.checkpoint import load_tensors
-from tests import tiny
+from fipo.provenance import versions
 
+tiny = torture.tiny
 SIZES = {
     **{"width": tiny.WIDTH, "layer": 1, "latents": 64, "k": 4, "context": 16, "buffer": 256},
     **{"batch": 32, "tokens": 1920, "learning_rate": 0.003, "checkpoints": 8},
 }
 STEPS = SIZES["tokens"] // SIZES["batch"]
-HOWS = {"SIGKILL in a step": 3, "SIGKILL while saving": 3, "SIGTERM": 2, "SIGINT": 1}
+HOWS = {"SIGKILL at any moment": 3, "SIGKILL while saving": 3, "SIGTERM": 2, "SIGINT": 1}
 """Ways to be stopped and how often each is drawn."""
 STARTS = 12
 """Of one run, until it counts as one that does not finish."""
@@ -72,6 +74,7 @@ class Trainer(Protocol):
     """One of those compared."""
 
     name: str
+    version: str
 
     def folder(self, number: int) -> Path:
         """A fresh folder for a run."""
@@ -121,7 +124,7 @@ class Child:
 class Fipo:
     """`experiment.py`, which finds its checkpoints itself."""
 
-    name = "fipo"
+    name, version = "fipo", versions()["fipo-sae"]
 
     def __init__(self, root: Path, workload: Path) -> None:
         self.root, self.workload = root, workload
@@ -220,7 +223,7 @@ class SAELens:
     """Its runner; every start has a folder of checkpoints of its own, and the one to go on from has to be named."""
 
     def __init__(self, root: Path, worker: Worker, shuffled: bool) -> None:
-        self.root, self.worker, self.shuffled = root, worker, shuffled
+        self.root, self.worker, self.shuffled, self.version = root, worker, shuffled, worker.version
         self.name = "saelens" if shuffled else "saelens_unshuffled"
 
     def folder(self, number: int) -> Path:
@@ -350,28 +353,26 @@ def strike(running: Running, journal: Path, blow: Blow | None, like: Attempt | N
     return None
 
 
-def lost(trainer: Trainer, outcomes: Sequence[Outcome], whole: Sequence[Outcome]) -> dict[str, Any]:
+def lost(outcomes: Sequence[Outcome], whole: Sequence[Outcome]) -> dict[str, Any]:
     """What a trainer has lost in all its runs, against its uninterrupted ones."""
     reference = whole[0]
     assert reference.weights is not None
     losses = [account(outcome.attempts, reference.attempts[-1]) for outcome in outcomes]
     attempts = [attempt for outcome in outcomes for attempt in outcome.attempts]
     finished = [outcome for outcome in outcomes if outcome.weights is not None]
+    distances = [far(outcome, reference) for outcome in finished]
+    logs = [outcome.log != reference.log for outcome in finished]
     found: dict[str, Any] = {
         "uninterrupted runs that differ from each other": sum(not same(one, reference) for one in whole),
         "runs": len(outcomes),
+        "tokens of training in them": len(outcomes) * SIZES["tokens"],
         "kills": sum(attempt.stopped is not None for attempt in attempts),
-    }
-    found |= {how: sum(attempt.stopped == how for attempt in attempts) for how in HOWS}
-    found |= {
+        **{how: sum(attempt.stopped == how for attempt in attempts) for how in HOWS},
+        "kills that fell into a checkpoint": sum(bool(attempt.stopped) and attempt.in_save for attempt in attempts),
         "runs with other final weights": sum(not same(outcome, reference) for outcome in finished),
-        "largest relative distance of W_dec": max(far(outcome, reference) for outcome in finished)
-        if finished
-        else None,
-        "mean relative distance of W_dec": statistics.fmean(far(outcome, reference) for outcome in finished),
-        "runs whose log differs": None
-        if reference.log is None
-        else sum(outcome.log != reference.log for outcome in finished),
+        "largest relative distance of W_dec": max(distances, default=None),
+        "mean relative distance of W_dec": statistics.fmean(distances) if distances else None,
+        "runs with another log": None if reference.log is None else sum(logs),
     }
     for key, name in COUNTED.items():
         found[name] = sum(loss[key] for loss in losses)
@@ -411,11 +412,11 @@ def far(one: Outcome, other: Outcome) -> float:
 def main() -> int:
     """Kill, compare, publish."""
     given = arguments(__doc__, saelens="", runs=10, seed=0)
-    if not given.saelens:
-        raise SystemExit("error: --saelens must name the Python of an environment with sae-lens")
     root = Path(tempfile.mkdtemp(prefix="fipo_torture_"))
-    workload, worker = prepare(root), Worker(given.saelens)
-    trainers: list[Trainer] = [Fipo(root, workload), SAELens(root, worker, True), SAELens(root, worker, False)]
+    trainers: list[Trainer] = [Fipo(root, prepare(root))]
+    if given.saelens:
+        worker = Worker(given.saelens)
+        trainers += [SAELens(root, worker, True), SAELens(root, worker, False)]
     numbers, blows = itertools.count(), plan(given.runs, random.Random(given.seed))
     losses: dict[str, dict[str, Any]] = {}
     for trainer in trainers:
@@ -424,27 +425,29 @@ def main() -> int:
         for planned in blows:
             outcomes.append(run(trainer, next(numbers), planned, whole[0].attempts[-1]))
             sys.stderr.write(f"{trainer.name}: {len(outcomes)} of {len(blows)} runs\n")
-        losses[trainer.name] = lost(trainer, outcomes, whole)
+        losses[trainer.name] = {"version": trainer.version, **lost(outcomes, whole)}
     rows = [{"what": what, **{name: found[what] for name, found in losses.items()}} for what in losses["fipo"]]
     publish("torture_saelens", rows, ratios(losses), given.json)
-    return 0
+    if not (losses["fipo"][COUNTED["unfinished"]] or losses["fipo"]["runs with other final weights"]):
+        shutil.rmtree(root)
+        return 0
+    return 1
 
 
 def ratios(losses: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The rows of the table that judge; FIPO's by their names, the rival's with its own before them."""
+    """The rows that judge, the rival's with its name before them. `lost`: runs without an end, checkpoints not used."""
     judged = {
         "kills": "kills",
         "different": "runs with other final weights",
-        "lost": "runs that did not finish",
         "relative_distance": "largest relative distance of W_dec",
-        **{key: name for key, name in COUNTED.items() if key != "unfinished"},
+        **COUNTED,
     }
-    return {
-        ("" if trainer == "fipo" else f"{trainer}_") + key: found[name]
-        for trainer, found in losses.items()
-        for key, name in judged.items()
-        if found[name] is not None
-    }
+    found = {}
+    for trainer, numbers in losses.items():
+        before = "" if trainer == "fipo" else f"{trainer}_"
+        found |= {before + key: numbers[name] for key, name in judged.items() if numbers[name] is not None}
+        found[f"{before}lost"] = found[f"{before}unfinished"] + found[f"{before}checkpoints_lost"]
+    return found
 
 
 if __name__ == "__main__":
