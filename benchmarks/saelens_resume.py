@@ -83,7 +83,8 @@ def listen(journal: Journal, batch: int) -> None:
             prefix = hashlib.sha256()
             for place, row_D in enumerate(acts_SD):
                 prefix.update(f"{tokens_N[context * self.context_size + place]} ".encode())
-                names[row_D.numpy().tobytes()] = prefix.hexdigest()[:12]
+                name = prefix.hexdigest()[:12]
+                assert names.setdefault(row_D.numpy().tobytes(), name) == name, "two rows are alike"
         return acts_ND, tokens_N
 
     def fitted(self: SAETrainer[Any, Any]) -> Any:

@@ -263,7 +263,10 @@ class Outcome(NamedTuple):
 
 
 def prepare(root: Path) -> Path:
-    """Model, text and labels on disk, and the text as token ids for SAELens; returns FIPO's workload."""
+    """Model, text and labels on disk, and the text as token ids for SAELens; returns FIPO's workload.
+
+    Each of SAELens' contexts begins with a token of its own, so that no two rows of activations are alike.
+    """
     workload = root / "workload.yaml"
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == 0
@@ -278,8 +281,10 @@ def prepare(root: Path) -> Path:
     tiny.write_workload(workload, values)
     tokenizer = torture.AutoTokenizer.from_pretrained(model)
     ids = [token for line in text for token in [tokenizer.eos_token_id, *tokenizer(line)["input_ids"]]]
-    size = SIZES["context"]
-    contexts = [ids[start : start + size] for start in range(0, len(ids) - size + 1, size)]
+    size = SIZES["context"] - 1
+    contexts = [
+        [first, *ids[first * size : (first + 1) * size]] for first in range(min(len(tokenizer), len(ids) // size))
+    ]
     (root / "contexts.json").write_text(json.dumps(contexts), encoding="utf-8")
     os._exit(0)
 
