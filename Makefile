@@ -5,7 +5,7 @@ PARITY_VENV := .venv-parity
 OUT ?= run_1
 PARITY ?=
 
-.PHONY: setup run test check parity torture fuzz clean
+.PHONY: setup run test check parity torture torture-saelens fuzz clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +32,10 @@ check: setup
 
 torture: setup
 	$(VENV)/bin/python benchmarks/torture.py --json build/torture.json
+
+# In the same environment as `parity`, whose sae-bench brings sae-lens.
+torture-saelens: setup $(PARITY_VENV)/.ready
+	$(VENV)/bin/python -m benchmarks.torture_saelens --saelens $(PARITY_VENV)/bin/python --json build/torture_saelens.json
 
 fuzz: setup
 	$(VENV)/bin/python benchmarks/fuzz.py --json build/fuzz.json

@@ -45,10 +45,10 @@ from transformers import AutoModel, AutoTokenizer, BertModel, GPTNeoXModel  # no
 
 import experiment  # noqa: E402
 from benchmarks.common import publish  # noqa: E402
+from benchmarks.journal import WATCHED  # noqa: E402
 from fipo import checkpoint, job, loop  # noqa: E402
 
 PHASES = ("set-up", "harvest", "training", "checkpointing", "probing", "reporting")
-WATCHED = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "open"}
 TIMES = {
     *("eval_id", "datetime_epoch_millis", "tokens_per_second", "set_up", "harvest", "training", "probing"),
     "peak_memory_gib",
@@ -94,8 +94,13 @@ Fault = Callable[[int, str], None]
 
 
 def start(board: Board, folder: Path, run: str, workload: Path, *, die_at: int = -1, fault: Fault | None = None) -> int:
-    """The command in a process of its own; returns its number. `die_at`: changes of the file system until SIGKILL."""
+    """The command, watched; returns its process. `die_at`: changes of the file system until SIGKILL."""
     board.put(phase=0, step=0, first=-1, changes=0, flushes=0)
+    return launch(folder, run, workload, lambda: watch(board, str(folder), die_at, fault))
+
+
+def launch(folder: Path, run: str, workload: Path, first: Callable[[], None]) -> int:
+    """The command in a process of its own, which calls `first` before; returns its number."""
     sys.stdout.flush()
     if child := os.fork():
         return child
@@ -105,7 +110,7 @@ def start(board: Board, folder: Path, run: str, workload: Path, *, die_at: int =
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
         os.environ |= {"FIPO_CACHE": str(folder / "cache"), "FIPO_WORKLOAD": str(workload)}
-        watch(board, str(folder), die_at, fault)
+        first()
         sys.argv = ["experiment.py", f"--out_dir={folder / run}"]
         code = experiment.main()
     except BaseException:
