@@ -49,10 +49,20 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines[1:])
 
 
-def publish(name: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], path: Path | None) -> None:
-    """Print the rows as Markdown tables with the ratios below; write them with hardware and versions to `path`."""
+def publish(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Mapping[str, float],
+    path: Path | None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Print the rows as Markdown tables with the ratios below; write them with hardware and versions to `path`.
+
+    `settings`: what a reader must know of how the numbers came about.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"{name} on {hardware(device)}\n")
+    print("".join(f"{key}: {shown(value)}\n" for key, value in (settings or {}).items()))
     print(tables(rows))
     print("\n" + "\n".join(f"{key}: {value:.3g}" for key, value in ratios.items()))
     if path is not None:
@@ -64,6 +74,7 @@ def publish(name: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, f
                 "hardware": hardware(device),
                 "versions": origin["versions"],
                 "git_revision": origin["git_revision"],
+                **({"settings": dict(settings)} if settings else {}),
                 "rows": [dict(row) for row in rows],
                 "ratios": dict(ratios),
             },
