@@ -121,7 +121,8 @@ def counted(work: Callable[[], object]) -> Cost:
 
 
 def _is_written(spec: Any) -> bool:
-    return spec.alias_info is not None and spec.alias_info.is_write
+    """Fused Adam may scale gradients in place; it is never asked to."""
+    return spec.name != "grads" and spec.alias_info is not None and spec.alias_info.is_write
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
