@@ -48,7 +48,7 @@ class Trainer:
         self.peak, self.before = 0, 0
         worker = str(Path(__file__).with_name("trainer_process.py"))
         numbers = [str(number) for number in (torch.get_num_threads(), *shape)]
-        self.complaints = tempfile.TemporaryFile("w+")
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in `end`
         self.process = subprocess.Popen(
             [python, "-P", worker, name, architecture, setting, *numbers],
             stdin=subprocess.PIPE,

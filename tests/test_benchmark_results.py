@@ -45,7 +45,7 @@ def test_files_come_in_the_order_of_their_names(write):
     assert text.startswith("# Results") and text.index("## first") < text.index("## last")
 
 
-def test_a_file_of_another_kind_is_refused(write, tmp_path, monkeypatch, capsys):
+def test_a_file_of_another_kind_is_refused(tmp_path, monkeypatch, capsys):
     other = tmp_path / "other.json"
     other.write_text('{"name": "x", "rows": []}')
     with pytest.raises(UserError, match="other.json is no result of a benchmark: it has no hardware, versions"):

@@ -34,9 +34,9 @@ def test_a_process_answers_with_time_and_memory(start):
 
 def test_a_setting_that_does_not_run_is_told_and_the_fastest_is_kept(monkeypatch):
     """Here `nobody` has no trainer at all, and `fipo` stands in for a rival."""
-    monkeypatch.setitem(bench.SETTINGS, ("nobody", "topk"), ("a", "b"))
+    monkeypatch.setitem(bench.SETTINGS, ("nobody", "topk"), ("a",))
     best, tried = bench.fastest(sys.executable, "nobody", "topk", SHAPE, "toy")
-    assert best is None and [row["failed"] for row in tried] == ["KeyError: 'nobody'"] * 2
+    assert best is None and [row["failed"] for row in tried] == ["KeyError: 'nobody'"]
     best, tried = bench.fastest(sys.executable, "fipo", "topk", SHAPE, "toy")
     best.end()
     assert best.setting == min(tried, key=lambda row: row["ms a step"])["setting"] and len(tried) == 2
@@ -68,7 +68,7 @@ def test_growth_is_measured_against_the_encoders_product():
 def test_the_penalty_has_a_share_of_the_step():
     rows, shares = bench.penalty_rows(SHAPE, 1)
     assert len(rows) == 3 and list(shares) == ["penalty_share", "ortsae_share", "gram_share"]
-    assert all(0 < share for share in shares.values())
+    assert all(share > 0 for share in shares.values())
 
 
 def test_our_step_is_that_of_the_whole_method_and_counts_a_share_of_a_refresh():
