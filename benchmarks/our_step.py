@@ -1,7 +1,8 @@
 """FIPO's training step with every part of the method on, as the benchmarks run it.
 
-Importance, reservoir, LSH, Ω, levels, auxiliary term, bfloat16 autocast. Shapes are (D, F, B, K): model width, latents,
-tokens a batch, active latents a token.
+Importance, reservoir, LSH, Ω, levels, auxiliary term, bfloat16 autocast. A random dictionary has no similar latents,
+and Ω would cost little: here they come in families, with about as many candidate pairs as a trained one. Shapes are
+(D, F, B, K): model width, latents, tokens a batch, active latents a token.
 """
 
 import statistics
@@ -16,6 +17,8 @@ from fipo.train import TrainState, build_state, refresh_pairs, train_step
 
 Shape = tuple[int, int, int, int]
 
+FAMILY = 4
+"""Latents with cosine 0.5 to one another. Training keeps up to two candidates a latent (6,000 at F = 3,072)."""
 NEVER = 100_000
 """Steps between what is not to fall into a timed step."""
 
@@ -55,8 +58,20 @@ def fresh_state(architecture: str, shape: Shape, sparse: bool, device: str) -> T
     config = whole_method(architecture, workload, refresh_every=NEVER, revive_every=NEVER)
     state = build_state(config, 0, torch.zeros(width), 1.0, device)
     state.sae.activation.sparse = sparse
+    make_families(state)
     train_step(state, gaussian(shape, device)[0])
     return state
+
+
+@torch.no_grad()
+def make_families(state: TrainState) -> None:
+    """Give the latents of each family a direction in common, as long as each one's own."""
+    dec_FD = state.sae.dec_FD
+    common_GD = torch.randn(len(dec_FD) // FAMILY, dec_FD.shape[1], generator=torch.Generator().manual_seed(1))
+    common_GD /= common_GD.norm(dim=1, keepdim=True)
+    dec_FD += common_GD.to(dec_FD.device).repeat_interleave(FAMILY, 0)
+    state.sae.normalise_decoder()
+    state.sae.enc_DF.copy_(dec_FD.T)
 
 
 def gaussian(shape: Shape, device: str) -> list[Tensor]:

@@ -75,7 +75,9 @@ def test_our_step_is_that_of_the_whole_method_and_counts_a_share_of_a_refresh():
     state = fresh_state("batchtopk", SHAPE, True, "cpu")
     config = state.config
     assert None not in (config.importance, config.reservoir, config.lsh, config.penalty, config.levels)
-    assert config.aux_weight > 0 and config.optimiser.autocast and len(state.pairs_P2)
+    assert config.aux_weight > 0 and config.optimiser.autocast and len(state.pairs_P2) >= 64 / 2
+    cos_FF = state.sae.dec_FD @ state.sae.dec_FD.T
+    assert (cos_FF.unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).diagonal(dim1=0, dim2=2).mean() - 0.625).abs() < 0.1
     step = stepper("topk", SHAPE, True, "cpu")
     share = step(gaussian(SHAPE, "cpu")[0])
     assert 0 < share < 1 and step(gaussian(SHAPE, "cpu")[1]) == share
