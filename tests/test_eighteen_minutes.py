@@ -1,4 +1,4 @@
-"""benchmarks/eighteen_minutes.py: the path of the GPU on a toy model, and the prediction's arithmetic."""
+"""benchmarks/eighteen_minutes.py and gemma_job.py: the GPU's path on a toy model, and the arithmetic."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import eighteen_minutes as bench
-from benchmarks.eighteen_minutes import BUDGET, GEMMA, PHASES, TINY
+from benchmarks.gemma_job import GEMMA, PHASES, TINY, RandomModel, scales
 
 
 def published(tmp_path, monkeypatch, *arguments):
@@ -44,13 +44,13 @@ def test_tokens_in_time_are_what_probing_leaves():
     found = bench.in_time(GEMMA, seconds)
     assert found["minutes"] == 18 and found["share_of_the_plan"] == 1
     assert found["million_tokens_in_18_minutes"] == pytest.approx(50)
-    assert bench.in_time(GEMMA, seconds | {PHASES[5]: BUDGET})["million_tokens_in_18_minutes"] == 0
+    assert bench.in_time(GEMMA, seconds | {PHASES[5]: bench.BUDGET})["million_tokens_in_18_minutes"] == 0
 
 
 def test_the_slice_is_scaled_to_the_job():
-    scales = bench.scales(GEMMA)
-    assert scales["SAE steps"] * GEMMA.steps * 2048 == 50_000_000
-    assert scales["probing: fits"] * GEMMA.slice_classes == 36
+    times = scales(GEMMA)
+    assert times["SAE steps"] * GEMMA.steps * 2048 == 50_000_000
+    assert times["probing: fits"] * GEMMA.slice_classes == 36
 
 
 def test_a_block_costs_its_weights_and_its_attention():
@@ -71,7 +71,7 @@ def test_a_step_costs_one_product_with_all_latents():
 
 
 def test_rows_are_full_and_lead_with_the_begin_token():
-    lm = bench.RandomModel(TINY, "cpu")
+    lm = RandomModel(TINY, "cpu")
     rows = list(lm.random_rows(torch.Generator().manual_seed(0), 300))
     assert len(rows) == 300 and {len(row) for row in rows} == {16} and {row[0] for row in rows} == {2}
     assert min(min(row[1:]) for row in rows) >= 3 and max(max(row) for row in rows) < 100
