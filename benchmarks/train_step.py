@@ -6,8 +6,8 @@
 FIPO's step has every part of the method on, bfloat16 autocast, and a fiftieth of a refresh of the candidate pairs, as
 every 50th step has one. Its two paths: `pairs`, where codes leave the encoder as (token, latent) pairs, and `matrix`,
 the dense reference. Every trainer has a process of its own (benchmarks/trainer_process.py), the same Gaussian batches
-and the same threads. Each rival first tries the settings that it offers (table `tried`: the quickest of three steps); the
-fastest then takes turns with ours, and the median of the rounds counts.
+and the same threads. Each rival first tries the settings that it offers (table `tried`: the quickest of three steps);
+the fastest then takes turns with ours, and the median of the rounds counts.
 
 Ratios of time are theirs / ours, ratios of memory ours / theirs: of the peak of the processes, and of what that is
 beyond their imports. `penalty_share`: of a step at F = 16,384 that Ω takes. `growth_vs_gemm`: by how much a step grows
