@@ -50,7 +50,8 @@ def test_tokens_in_time_are_what_probing_leaves():
 def test_the_slice_is_scaled_to_the_job():
     times = scales(GEMMA)
     assert times["SAE steps"] * GEMMA.steps * 2048 == 50_000_000
-    assert times["probing: fits"] * GEMMA.slice_classes == 36
+    assert {times[phase] for phase in PHASES[:3]} == {times["SAE steps"]}
+    assert {times[phase] * GEMMA.slice_classes for phase in PHASES[3:]} == {36}
 
 
 def test_a_block_costs_its_weights_and_its_attention():
