@@ -2,10 +2,11 @@
 PYTHON ?= python3.11
 VENV := .venv
 PARITY_VENV := .venv-parity
+BENCH_VENV := .venv-bench
 OUT ?= run_1
 PARITY ?=
 
-.PHONY: setup run test check parity torture torture-saelens fuzz clean
+.PHONY: setup run test check parity torture torture-saelens fuzz bench-env results clean
 
 setup: $(VENV)/.ready
 
@@ -52,5 +53,21 @@ $(PARITY_VENV)/.ready: requirements/torch.txt requirements/parity.txt
 parity: setup $(PARITY_VENV)/.ready
 	$(VENV)/bin/python -m benchmarks.parity.check --python $(PARITY_VENV)/bin/python $(PARITY)
 
+# SAELens, dictionary_learning and sparsify: the rivals of benchmarks/train_step.py.
+$(BENCH_VENV)/.ready: requirements/torch.txt requirements/bench.txt requirements/rivals.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/pip install --quiet -r requirements/torch.txt
+	$(BENCH_VENV)/bin/pip install --quiet -r requirements/torch.txt -r requirements/bench.txt
+	$(BENCH_VENV)/bin/pip install --quiet --no-deps -r requirements/rivals.txt
+	touch $@
+
+bench-env: $(BENCH_VENV)/.ready
+
+# The tables of the benchmarks, from their result files.
+results: setup
+	mkdir -p build
+	$(VENV)/bin/python -m benchmarks.results docs/results/*.json > build/RESULTS.md
+	mv build/RESULTS.md benchmarks/RESULTS.md
+
 clean:
-	rm -rf $(VENV) $(PARITY_VENV)
+	rm -rf $(VENV) $(PARITY_VENV) $(BENCH_VENV)

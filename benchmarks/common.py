@@ -1,6 +1,7 @@
 """What every benchmark shares: interleaved timing, one table on screen, one JSON file."""
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,14 +38,32 @@ def interleaved(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def publish(name: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], path: Path | None) -> None:
-    """Print the rows as a Markdown table with the ratios below; write them with hardware and versions to `path`."""
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in Markdown; a new table begins where a row's first column has another name."""
+    lines: list[str] = []
+    for _, group in itertools.groupby(rows, lambda row: next(iter(row))):
+        group = list(group)
+        columns = list(dict.fromkeys(key for row in group for key in row))
+        lines += ["", f"| {' | '.join(columns)} |", f"{'|---' * len(columns)}|"]
+        lines += [f"| {' | '.join(shown(row.get(column)) for column in columns)} |" for row in group]
+    return "\n".join(lines[1:])
+
+
+def publish(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Mapping[str, float],
+    path: Path | None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Print the rows as Markdown tables with the ratios below; write them with hardware and versions to `path`.
+
+    `settings`: what a reader must know of how the numbers came about.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    columns = list(dict.fromkeys(key for row in rows for key in row))
     print(f"{name} on {hardware(device)}\n")
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for row in rows:
-        print(f"| {' | '.join(_shown(row.get(column)) for column in columns)} |")
+    print("".join(f"{key}: {shown(value)}\n" for key, value in (settings or {}).items()))
+    print(tables(rows))
     print("\n" + "\n".join(f"{key}: {value:.3g}" for key, value in ratios.items()))
     if path is not None:
         origin = provenance()
@@ -55,11 +74,15 @@ def publish(name: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, f
                 "hardware": hardware(device),
                 "versions": origin["versions"],
                 "git_revision": origin["git_revision"],
+                **({"settings": dict(settings)} if settings else {}),
                 "rows": [dict(row) for row in rows],
                 "ratios": dict(ratios),
             },
         )
 
 
-def _shown(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+def shown(value: Any) -> str:
+    """A cell of a table: four significant digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "-" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -1,16 +1,25 @@
-"""A training step: pairs against matrices, against SAELens, and what the penalty adds to it.
+"""A training step: against SAELens, dictionary_learning and sparsify, and what it costs as F grows.
 
-    python -m benchmarks.train_step [--saelens PYTHON] [--json OUT]
+    make bench-env    # once: the environment of the rivals
+    .venv/bin/python -m benchmarks.train_step --rivals .venv-bench/bin/python --json OUT
 
-FIPO's step has every part of the method on (importance, reservoir, LSH, Ω, levels, auxiliary term), bfloat16 autocast,
-Gaussian batches. Its two paths: `pairs`, where codes leave the encoder as (token, latent) pairs, and `matrix`, the
-dense reference. `--saelens` names the Python of an environment with sae-lens; its trainer then takes turns with ours.
-Times are those of a step between refreshes of the candidate pairs; a refresh, every n steps, is in the table of
-penalties, spread over its n steps.
+FIPO's step has every part of the method on, bfloat16 autocast, and a fiftieth of a refresh of the candidate pairs, as
+every 50th step has one. Its two paths: `pairs`, where codes leave the encoder as (token, latent) pairs, and `matrix`,
+the dense reference. Every trainer has a process of its own (benchmarks/trainer_process.py), the same Gaussian batches
+and the same threads. Each rival first tries the settings that it offers (table `tried`: the quickest of three steps);
+the fastest then takes turns with ours, and the median of the rounds counts.
+
+Ratios of time are theirs / ours, ratios of memory ours / theirs: of the peak of the processes, and of what that is
+beyond their imports. `penalty_share`: of a step at F = 16,384 that Ω takes. `growth_vs_gemm`: by how much a step grows
+from the smallest F to the largest, over the growth of the encoder's bfloat16 product alone.
 """
 
+import json
+import statistics
 import subprocess
-from collections.abc import Callable
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,108 +27,146 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import arguments, interleaved, publish
+from benchmarks.our_step import Shape, fresh_state, gaussian, refresher
+from benchmarks.trainer_process import DEVICE, SETTINGS
 from fipo import objective
-from fipo.config import LSH, Importance, Levels, Penalty, Probing, Reservoir, RunConfig, Text, Workload
-from fipo.train import TrainState, build_state, decoder_penalty, refresh_pairs, train_step
+from fipo.config import LSH
+from fipo.train import decoder_penalty, train_step
 
-SHAPES = {"minilm": (384, 3072, 4096, 32), "16k": (768, 16_384, 2048, 32)}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES: dict[str, Shape] = {"minilm": (384, 3072, 4096, 32), "16k": (768, 16_384, 2048, 32)}
+RIVALS = ("saelens", "dictionary_learning", "sparsify")
+GROWTH = (4096, 8192, 16_384, 32_768, 65_536)
+MIB = 2**20
 
-
-def fresh_state(architecture: str, shape: tuple[int, int, int, int], sparse: bool) -> TrainState:
-    """A state with every part of the method on, at step 1, so that no timed step refreshes the pairs."""
-    width, latents, batch, k = shape
-    workload = Workload(
-        name="benchmark",
-        model="none",
-        layers=(0,),
-        text=Text(source="none", tokens=1, held_out_tokens=1, packed=True),
-        probing=Probing(datasets=("none",)),
-        latents=latents,
-        k=k,
-        sparsity_penalty=0.0,
-        batch_tokens=batch,
-        train_tokens=batch * 100_000,
-        dead_tokens=10_000_000,
-    )
-    config = RunConfig(
-        run="benchmark",
-        workload=workload,
-        architecture=architecture,  # type: ignore[arg-type]
-        aux_weight=1 / 32,
-        importance=Importance(),
-        reservoir=Reservoir(revive_every=100_000),
-        lsh=LSH(bits=max(5, (latents // 128).bit_length() - 1), refresh_every=100_000),
-        penalty=Penalty(),
-        levels=Levels(),
-    )
-    state = build_state(config, 0, torch.zeros(width), 1.0, DEVICE)
-    state.sae.activation.sparse = sparse
-    train_step(state, batches(shape)[0])
-    return state
+Row = dict[str, Any]
 
 
-def batches(shape: tuple[int, int, int, int]) -> list[Tensor]:
-    """Four Gaussian batches."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape[2], shape[0], generator=generator).to(DEVICE) for _ in range(4)]
+class Trainer:
+    """A trainer in a process of its own."""
+
+    def __init__(self, python: str, name: str, architecture: str, setting: str, shape: Shape) -> None:
+        self.name, self.setting, self.seconds = name, setting, [0.0]
+        self.peak, self.before = 0, 0
+        worker = str(Path(__file__).with_name("trainer_process.py"))
+        numbers = [str(number) for number in (torch.get_num_threads(), *shape)]
+        self.complaints = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in `end`
+        self.process = subprocess.Popen(
+            [python, "-P", worker, name, architecture, setting, *numbers],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.complaints,
+            text=True,
+        )
+
+    def step(self) -> float:
+        """Seconds of one step; `RuntimeError` with the last line that it wrote where the process ends."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+            answer = json.loads(self.process.stdout.readline())
+        except (BrokenPipeError, ValueError) as error:
+            self.process.wait()
+            self.complaints.seek(0)
+            lines = [line for line in self.complaints.read().splitlines() if "Error" in line] or ["it ended"]
+            raise RuntimeError(lines[-1][:80]) from error
+        self.peak, self.before = answer["peak"], answer["before"]
+        return answer["seconds"]
+
+    def measure(self, rounds: int) -> "Trainer":
+        """Two steps to warm up, then as many that count."""
+        for _ in range(2):
+            self.step()
+        self.seconds = [self.step() for _ in range(rounds)]
+        return self
+
+    def end(self) -> None:
+        """Let the process go."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        self.complaints.close()
+
+    @property
+    def row(self) -> Row:
+        """What was measured."""
+        return {
+            "trainer": self.name,
+            "setting": self.setting,
+            "ms a step": 1000 * statistics.median(self.seconds),
+            "peak MiB": self.peak / MIB,
+            "beyond imports MiB": (self.peak - self.before) / MIB,
+        }
 
 
-def stepper(architecture: str, shape: tuple[int, int, int, int], sparse: bool) -> Callable[[], object]:
-    """One step a call."""
-    state, acts = fresh_state(architecture, shape, sparse), batches(shape)
-    return lambda: train_step(state, acts[state.step % 4])
+def fastest(python: str, rival: str, architecture: str, shape: Shape, what: str) -> tuple[Trainer | None, list[Row]]:
+    """The rival in its fastest setting, still running, and what its settings took; None where none of them runs.
+
+    Settings try one after the other, so what disturbs one spares the next: the quickest of three steps decides.
+    """
+    tried, best = [], None
+    for setting in SETTINGS[rival, architecture]:
+        trainer = Trainer(python, rival, architecture, setting, shape)
+        try:
+            row = trainer.measure(3).row
+            tried.append({"tried": what, **row, "ms a step": 1000 * min(trainer.seconds)})
+        except RuntimeError as error:
+            tried.append({"tried": what, "trainer": rival, "setting": setting, "failed": str(error)})
+            trainer.end()
+            continue
+        slower = trainer
+        if best is None or min(trainer.seconds) < min(best.seconds):
+            slower, best = best, trainer
+        if slower is not None:
+            slower.end()
+    return best, tried
 
 
-def saelens_stepper(python: str, architecture: str, shape: tuple[int, int, int, int]) -> Callable[[], object]:
-    """One step a call, in a process of its own environment."""
-    worker = Path(__file__).with_name("saelens_step.py")
-    process = subprocess.Popen(
-        [python, str(worker), architecture, *map(str, shape)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    asked, answers = process.stdin, process.stdout
-
-    def step() -> None:
-        asked.write("\n")
-        asked.flush()
-        assert answers.readline() == "done\n", "the rival's process ended"
-
-    return step
-
-
-def step_row(name: str, architecture: str, saelens: str, rounds: int) -> dict[str, Any]:
-    """One architecture at one shape."""
-    shape = SHAPES[name]
-    width, latents, batch, k = shape
-    jobs = {"pairs": stepper(architecture, shape, True), "matrix": stepper(architecture, shape, False)}
-    if saelens:
-        jobs["saelens"] = saelens_stepper(saelens, architecture, shape)
-    seconds = interleaved(jobs, rounds)
-    tokens = {f"{path} tokens/s": batch / value for path, value in seconds.items()}
-    times = {f"{path} / pairs": value / seconds["pairs"] for path, value in seconds.items() if path != "pairs"}
-    return {"what": f"{architecture} D={width} F={latents:,} B={batch:,} K={k}", **tokens, **times}
+def step_rows(shape: Shape, architecture: str, rivals: str, rounds: int) -> tuple[list[Row], list[Row]]:
+    """All trainers of one architecture at one shape, and what their settings took."""
+    what = "{} D={} F={:,} B={:,} K={}".format(architecture, *shape)
+    trainers = [Trainer(sys.executable, "fipo", architecture, name, shape) for name in SETTINGS["fipo", architecture]]
+    tried = []
+    for rival in RIVALS if rivals else ():
+        if (rival, architecture) in SETTINGS:
+            best, rows = fastest(rivals, rival, architecture, shape, what)
+            trainers += [best] if best is not None else []
+            tried += rows
+    for trainer in trainers:
+        trainer.measure(0)
+    for _ in range(rounds):
+        for trainer in trainers:
+            trainer.seconds.append(trainer.step())
+    rows = [
+        {"what": what, **trainer.row, "tokens/s": 1000 * shape[2] / trainer.row["ms a step"]} for trainer in trainers
+    ]
+    for trainer in trainers:
+        trainer.end()
+    return rows, tried
 
 
-def penalty_rows(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Share of the step at F = 16,384 that Ω by LSH pairs takes, beside OrtSAE's chunks and the whole Gram matrix."""
-    shape = SHAPES["16k"]
-    state, acts = fresh_state("batchtopk", shape, True), batches(shape)
+def compared(rows: list[Row], architecture: str, name: str) -> dict[str, float]:
+    """Ours, the first row, against each of the others."""
+    ours, found = rows[0], {}
+    for row in rows[1:]:
+        key = f"{'matrix' if row['trainer'] == 'fipo' else row['trainer']}_{architecture}_{name}"
+        found[key] = row["ms a step"] / ours["ms a step"]
+        found[f"{key}_memory"] = ours["peak MiB"] / row["peak MiB"]
+        found[f"{key}_memory_beyond_imports"] = ours["beyond imports MiB"] / row["beyond imports MiB"]
+    return found
+
+
+def penalty_rows(shape: Shape, rounds: int) -> tuple[list[Row], dict[str, float]]:
+    """Share of the step that Ω by LSH pairs takes, beside OrtSAE's chunks and the whole Gram matrix."""
+    state, acts = fresh_state("batchtopk", shape, True, DEVICE), gaussian(shape, DEVICE)
     dec_FD, refresh_every = state.sae.dec_FD, LSH().refresh_every
     order_F = torch.arange(shape[1], device=DEVICE)
-
-    def refresh() -> None:
-        step, state.step = state.step, 0
-        refresh_pairs(state)
-        state.step = step
 
     def gradient(penalty: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(penalty(), dec_FD)
 
+    refresh = refresher(state)
     refresh()
     assert state.config.penalty is not None
     seconds = interleaved(
@@ -134,33 +181,66 @@ def penalty_rows(rounds: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
     gram = interleaved({"gram": gradient(lambda: objective.chunked_orthogonality(dec_FD, order_F, shape[1]))}, 1)
     plain = seconds["step"] - seconds["pairs"]
     costs = {
-        f"Ω, LSH pairs, refreshed every {refresh_every} steps": seconds["pairs"] + seconds["refresh"] / refresh_every,
-        "OrtSAE, chunks of 8,192": seconds["chunks"],
-        "OrtSAE's penalty on the whole Gram matrix": gram["gram"],
+        f"Ω, LSH pairs, refreshed every {refresh_every} steps": (seconds["pairs"], seconds["refresh"] / refresh_every),
+        "OrtSAE, chunks of 8,192": (seconds["chunks"], 0.0),
+        "OrtSAE's penalty on the whole Gram matrix": (gram["gram"], 0.0),
     }
     what = f"D={shape[0]} F={shape[1]:,} B={shape[2]:,}, {len(state.pairs_P2):,} pairs"
     rows = [
-        {"what": f"penalty {what}: {name}", "seconds": cost, "share of step": cost / (cost + plain)}
-        for name, cost in costs.items()
+        {
+            "penalty": f"{name}; {what}",
+            "gradient ms": 1000 * own,
+            "refresh ms a step": 1000 * refreshed,
+            "share of step": (own + refreshed) / (own + refreshed + plain),
+        }
+        for name, (own, refreshed) in costs.items()
     ]
     shares = [row["share of step"] for row in rows]
     return rows, dict(zip(("penalty_share", "ortsae_share", "gram_share"), shares, strict=True))
 
 
+def growth_rows(
+    sizes: tuple[int, ...], rounds: int, width: int = 768, batch: int = 1024, k: int = 32
+) -> tuple[list[Row], dict[str, float]]:
+    """Our step, with its share of a refresh, and the encoder's bfloat16 product alone, as F grows."""
+    jobs: dict[str, Callable[[], object]] = {}
+    acts = gaussian((width, 0, batch, k), DEVICE)
+    low_BD = acts[0].bfloat16()
+    for latents in sizes:
+        state = fresh_state("batchtopk", (width, latents, batch, k), True, DEVICE)
+        low_DF = state.sae.enc_DF.detach().bfloat16()
+        jobs[f"step {latents}"] = lambda state=state: train_step(state, acts[state.step % 4])
+        jobs[f"refresh {latents}"] = refresher(state)
+        jobs[f"gemm {latents}"] = lambda low_DF=low_DF: low_BD @ low_DF
+    seconds = interleaved(jobs, rounds)
+    rows = [_growth_row(latents, f"D={width} B={batch:,} K={k}", seconds) for latents in sizes]
+    first, last = rows[0], rows[-1]
+    growth = {part: last[f"{part} ms"] / first[f"{part} ms"] for part in ("step", "gemm")}
+    ratios = {"growth_of_step": growth["step"], "growth_of_gemm": growth["gemm"]}
+    return rows, {**ratios, "growth_vs_gemm": growth["step"] / growth["gemm"]}
+
+
+def _growth_row(latents: int, what: str, seconds: Mapping[str, float]) -> Row:
+    step = seconds[f"step {latents}"] + seconds[f"refresh {latents}"] / LSH().refresh_every
+    gemm = seconds[f"gemm {latents}"]
+    return {"growth": what, "F": latents, "step ms": 1000 * step, "gemm ms": 1000 * gemm, "step / gemm": step / gemm}
+
+
 def main() -> None:
     """Measure and publish."""
-    given = arguments(__doc__, saelens="", rounds=5, shapes="minilm,16k", penalty=1)
-    rows, ratios = [], {}
-    for name in given.shapes.split(","):
+    given = arguments(__doc__, rivals="", rounds=5, shapes="minilm,16k", penalty=1, growth=1)
+    rows, tried, ratios = [], [], {}
+    for name in filter(None, given.shapes.split(",")):
         for architecture in ("topk", "batchtopk"):
-            row = step_row(name, architecture, given.saelens, given.rounds)
-            rows.append(row)
-            shown = {key.removesuffix(" / pairs"): value for key, value in row.items() if key.endswith(" / pairs")}
-            ratios |= {f"{rival}_{architecture}_{name}": value for rival, value in shown.items()}
+            more, settings = step_rows(SHAPES[name], architecture, given.rivals, given.rounds)
+            rows, tried, ratios = rows + more, tried + settings, ratios | compared(more, architecture, name)
     if given.penalty:
-        more, shares = penalty_rows(given.rounds)
+        more, shares = penalty_rows(SHAPES["16k"], given.rounds)
         rows, ratios = rows + more, ratios | shares
-    publish("train_step", rows, ratios, given.json)
+    if given.growth:
+        more, growth = growth_rows(GROWTH, given.rounds)
+        rows, ratios = rows + more, ratios | growth
+    publish("train_step", rows + tried, ratios, given.json)
 
 
 if __name__ == "__main__":

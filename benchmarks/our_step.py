@@ -1,0 +1,110 @@
+"""FIPO's training step with every part of the method on, as the benchmarks run it.
+
+Importance, reservoir, LSH, Ω, levels, auxiliary term, bfloat16 autocast. A random dictionary has no similar latents,
+and Ω would cost little: here they come in families, with about as many candidate pairs as a trained one. Shapes are
+(D, F, B, K): model width, latents, tokens a batch, active latents a token.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fipo.config import LSH, Importance, Levels, Penalty, Probing, Reservoir, RunConfig, Text, Workload
+from fipo.train import TrainState, build_state, refresh_pairs, train_step
+
+Shape = tuple[int, int, int, int]
+
+FAMILY = 4
+"""Latents with cosine 0.5 to one another. Training keeps up to two candidates a latent (6,000 at F = 3,072)."""
+NEVER = 100_000
+"""Steps between what is not to fall into a timed step."""
+
+
+def whole_method(architecture: str, workload: Workload, *, refresh_every: int, revive_every: int) -> RunConfig:
+    """Every part of the method; buckets of about 128 latents and more."""
+    bits = max(5, (workload.latents // 128).bit_length() - 1)
+    return RunConfig(
+        run="benchmark",
+        workload=workload,
+        architecture=architecture,  # type: ignore[arg-type]
+        aux_weight=1 / 32,
+        importance=Importance(),
+        reservoir=Reservoir(revive_every=revive_every),
+        lsh=LSH(bits=bits, refresh_every=refresh_every),
+        penalty=Penalty(),
+        levels=Levels(),
+    )
+
+
+def fresh_state(architecture: str, shape: Shape, sparse: bool, device: str) -> TrainState:
+    """A state at step 1, with candidate pairs, so that no step refreshes them."""
+    width, latents, batch, k = shape
+    workload = Workload(
+        name="benchmark",
+        model="none",
+        layers=(0,),
+        text=Text(source="none", tokens=1, held_out_tokens=1, packed=True, buffer_tokens=batch),
+        probing=Probing(datasets=("none",), ks=(1,)),
+        latents=latents,
+        k=k,
+        sparsity_penalty=0.0,
+        batch_tokens=batch,
+        train_tokens=batch * NEVER,
+        dead_tokens=10_000_000,
+    )
+    config = whole_method(architecture, workload, refresh_every=NEVER, revive_every=NEVER)
+    state = build_state(config, 0, torch.zeros(width), 1.0, device)
+    state.sae.activation.sparse = sparse
+    make_families(state)
+    train_step(state, gaussian(shape, device)[0])
+    return state
+
+
+@torch.no_grad()
+def make_families(state: TrainState) -> None:
+    """Give the latents of each family a direction in common, as long as each one's own."""
+    dec_FD = state.sae.dec_FD
+    common_GD = torch.randn(len(dec_FD) // FAMILY, dec_FD.shape[1], generator=torch.Generator().manual_seed(1))
+    common_GD /= common_GD.norm(dim=1, keepdim=True)
+    dec_FD += common_GD.to(dec_FD.device).repeat_interleave(FAMILY, 0)
+    state.sae.normalise_decoder()
+    state.sae.enc_DF.copy_(dec_FD.T)
+
+
+def gaussian(shape: Shape, device: str) -> list[Tensor]:
+    """Four batches [B, D]."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape[2], shape[0], generator=generator).to(device) for _ in range(4)]
+
+
+def refresher(state: TrainState) -> Callable[[], None]:
+    """The refresh of the candidate pairs that falls into one step of `refresh_every`."""
+
+    def refresh() -> None:
+        step, state.step = state.step, 0
+        refresh_pairs(state)
+        state.step = step
+
+    return refresh
+
+
+def stepper(architecture: str, shape: Shape, sparse: bool, device: str) -> Callable[[Tensor], float]:
+    """One step a call, between refreshes of the pairs; returns the seconds of a refresh that fall to each step."""
+    state = fresh_state(architecture, shape, sparse, device)
+    refresh, times = refresher(state), []
+    for _ in range(3):
+        started = time.perf_counter()
+        refresh()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    share = statistics.median(times) / LSH().refresh_every
+
+    def step(acts_BD: Tensor) -> float:
+        train_step(state, acts_BD)
+        return share
+
+    return step

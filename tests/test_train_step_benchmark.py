@@ -1,0 +1,91 @@
+"""benchmarks/train_step.py: processes answer and are compared, settings that fail are told; no rival is needed."""
+
+import sys
+
+import pytest
+import torch
+
+from benchmarks import train_step as bench
+from benchmarks import trainer_process
+from benchmarks.our_step import fresh_state, gaussian, stepper
+
+SHAPE = (16, 64, 32, 4)
+
+
+@pytest.fixture
+def start():
+    running = []
+
+    def started(setting="pairs", name="fipo"):
+        running.append(bench.Trainer(sys.executable, name, "batchtopk", setting, SHAPE))
+        return running[-1]
+
+    yield started
+    for trainer in running:
+        trainer.end()
+
+
+def test_a_process_answers_with_time_and_memory(start):
+    trainer = start().measure(3)
+    assert len(trainer.seconds) == 3 and all(0 < seconds < 60 for seconds in trainer.seconds)
+    assert 50 * 2**20 < trainer.before <= trainer.peak < 4 * 2**30
+    assert trainer.row["setting"] == "pairs" and trainer.row["ms a step"] > 0
+
+
+def test_a_setting_that_does_not_run_is_told_and_the_fastest_is_kept(monkeypatch):
+    """Here `nobody` has no trainer at all, and `fipo` stands in for a rival."""
+    monkeypatch.setitem(bench.SETTINGS, ("nobody", "topk"), ("a",))
+    best, tried = bench.fastest(sys.executable, "nobody", "topk", SHAPE, "toy")
+    assert best is None and [row["failed"] for row in tried] == ["KeyError: 'nobody'"]
+    best, tried = bench.fastest(sys.executable, "fipo", "topk", SHAPE, "toy")
+    best.end()
+    assert best.setting == min(tried, key=lambda row: row["ms a step"])["setting"] and len(tried) == 2
+
+
+def test_trainers_take_turns_and_ratios_are_theirs_over_ours(monkeypatch):
+    monkeypatch.setattr(bench, "RIVALS", ("sparsify", "fipo"))
+    monkeypatch.setattr(bench, "SETTINGS", {("fipo", "topk"): ("pairs",), ("sparsify", "topk"): ("signum",)})
+    rows, tried = bench.step_rows(SHAPE, "topk", sys.executable, 2)
+    assert [row["trainer"] for row in rows] == ["fipo", "fipo"] and rows[0]["what"] == "topk D=16 F=64 B=32 K=4"
+    assert rows[0]["tokens/s"] == pytest.approx(32 / rows[0]["ms a step"] * 1000)
+    assert "failed" in tried[0] and "No module named" in tried[0]["failed"]
+    ours = {"trainer": "fipo", "ms a step": 2.0, "peak MiB": 100.0, "beyond imports MiB": 10.0}
+    theirs = ours | {"trainer": "saelens", "ms a step": 10.0, "peak MiB": 400.0, "beyond imports MiB": 100.0}
+    assert bench.compared([ours, theirs], "topk", "16k") == {
+        "saelens_topk_16k": 5.0,
+        "saelens_topk_16k_memory": 0.25,
+        "saelens_topk_16k_memory_beyond_imports": 0.1,
+    }
+
+
+def test_growth_is_measured_against_the_encoders_product():
+    rows, ratios = bench.growth_rows((64, 128), 1, width=16, batch=32, k=4)
+    assert [row["F"] for row in rows] == [64, 128] and all(row["step / gemm"] > 1 for row in rows)
+    assert ratios["growth_vs_gemm"] == pytest.approx(ratios["growth_of_step"] / ratios["growth_of_gemm"])
+    assert ratios["growth_of_step"] == rows[1]["step ms"] / rows[0]["step ms"]
+
+
+def test_the_penalty_has_a_share_of_the_step():
+    rows, shares = bench.penalty_rows(SHAPE, 1)
+    assert len(rows) == 3 and list(shares) == ["penalty_share", "ortsae_share", "gram_share"]
+    assert all(share > 0 for share in shares.values())
+
+
+def test_our_step_is_that_of_the_whole_method_and_counts_a_share_of_a_refresh():
+    state = fresh_state("batchtopk", SHAPE, True, "cpu")
+    config = state.config
+    assert None not in (config.importance, config.reservoir, config.lsh, config.penalty, config.levels)
+    assert config.aux_weight > 0 and config.optimiser.autocast and len(state.pairs_P2) >= 64 / 2
+    cos_FF = state.sae.dec_FD @ state.sae.dec_FD.T
+    assert (cos_FF.unflatten(0, (-1, 4)).unflatten(2, (-1, 4)).diagonal(dim1=0, dim2=2).mean() - 0.625).abs() < 0.1
+    step = stepper("topk", SHAPE, True, "cpu")
+    share = step(gaussian(SHAPE, "cpu")[0])
+    assert 0 < share < 1 and step(gaussian(SHAPE, "cpu")[1]) == share
+
+
+def test_memory_is_that_of_this_process():
+    if not torch.cuda.is_available():
+        before = trainer_process.memory("VmRSS")
+        held = torch.ones(2**24)
+        assert trainer_process.memory("VmRSS") - before > 0.9 * 4 * len(held)
+        assert trainer_process.memory("VmHWM") >= trainer_process.memory("VmRSS")
