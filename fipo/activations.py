@@ -142,15 +142,17 @@ class BatchTopK(Activation):
 
     def _kept(self, pre_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Values, tokens and latents of the positive codes. The search starts at the running threshold, as in
-        `_boundary`; with too few values above it, at the boundary of the tiles' maxima, below which none can be."""
+        `_boundary`; without one, or with too few values above it, at the boundary of the tiles' maxima, below which
+        none can be."""
         assert self.training, "in evaluation the threshold decides, token by token"
         count = min(self.k * pre_BF.shape[0], pre_BF.numel())
         maxima_BT = _tiles(ordered(pre_BF)).amax(1).view(pre_BF.dtype)
-        found = above(pre_BF, maxima_BT, 0.9 * self.threshold.to(pre_BF.dtype))
-        if found[0].numel() < count <= maxima_BT.numel():
-            found = above(pre_BF, maxima_BT, maxima_BT.flatten().topk(count, sorted=False).values.min())
-        elif found[0].numel() < count:
-            found = above(pre_BF, maxima_BT, torch.zeros_like(self.threshold))
+        found = above(pre_BF, maxima_BT, 0.9 * self.threshold) if self.threshold > 0 else None
+        if found is None or found[0].numel() < count:
+            least = torch.zeros_like(self.threshold)
+            if count <= maxima_BT.numel():
+                least = maxima_BT.flatten().topk(count, sorted=False).values.min()
+            found = above(pre_BF, maxima_BT, least)
         if found[0].numel() <= count:
             return found
         ordered_N = ordered(found[0])

@@ -66,19 +66,23 @@ class _NestedError(torch.autograd.Function):
     def forward(
         ctx: Any, parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float, plain: float
     ) -> tuple[Tensor, Tensor]:
-        levels = parts_BMD.shape[1]
+        levels = range(parts_BMD.shape[1])
         grad_BMD, x_hat_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
-        squares_M = x_BD.new_zeros(levels)
-        for part_NMD, x_ND, grad_NMD, x_hat_ND in zip(
-            *(whole.split(_TOKENS) for whole in (parts_BMD, x_BD, grad_BMD, x_hat_BD)), strict=True
-        ):
-            residual_NMD = part_NMD.cumsum(1, dtype=x_BD.dtype).add_((bias_D - x_ND)[:, None])
-            torch.add(x_ND, residual_NMD[:, -1], out=x_hat_ND)
-            squares_M += torch.linalg.vector_norm(residual_NMD, dim=(0, 2)).pow(2)
-            last_ND = levels * plain * residual_NMD[:, -1]
-            for level in reversed(range(levels - 1)):
-                residual_NMD[:, level].add_(residual_NMD[:, level + 1], alpha=1 - stop_gradient)
-            grad_NMD.copy_(residual_NMD.mul_(1 - plain).add_(last_ND[:, None]) if plain else residual_NMD)
+        squares_M = x_BD.new_zeros(len(levels))
+        whole = parts_BMD, x_BD, grad_BMD, x_hat_BD
+        for part_NMD, x_ND, grad_NMD, x_hat_ND in zip(*(rows.split(_TOKENS) for rows in whole), strict=True):
+            residual_MND = x_BD.new_empty(len(levels), *x_ND.shape)
+            last_ND = bias_D - x_ND
+            for level in levels:
+                last_ND = torch.add(last_ND, part_NMD[:, level], out=residual_MND[level])
+            torch.add(x_ND, last_ND, out=x_hat_ND)
+            squares_M += torch.linalg.vector_norm(residual_MND, dim=(1, 2)).pow(2)
+            plain_ND = len(levels) * plain * last_ND if plain else None
+            for level in levels[-2::-1]:
+                residual_MND[level].add_(residual_MND[level + 1], alpha=1 - stop_gradient)
+            if plain_ND is not None:
+                residual_MND.mul_(1 - plain).add_(plain_ND)
+            grad_NMD.copy_(residual_MND.transpose(0, 1))
         ctx.save_for_backward(grad_BMD)
         ctx.mark_non_differentiable(x_hat_BD)
         errors_M = squares_M / x_BD.numel()
