@@ -41,13 +41,21 @@ class Activation(nn.Module):
         """Learn from one training batch's codes what inference needs; called by the training step alone."""
 
 
+def ordered(values: Tensor) -> Tensor:
+    """Numbers that are ordered as the positive `values` are, and below them where these are not: of bfloat16 its bits,
+    since integers are found and sorted faster; of other types the values themselves."""
+    return values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+
+
 def _tiles(pre_BF: Tensor) -> Tensor:
     """[B, G, T], by tiles; of one latent each where F is no multiple of G."""
     return pre_BF.unflatten(1, (-1, pre_BF.shape[1] // TILE) if pre_BF.shape[1] % TILE == 0 else (1, -1))
 
 
 def largest(pre_BF: Tensor, k: int) -> Tensor:
-    """Latents [B, K] of each token's K largest values: those of the K tiles of largest maximum hold them."""
+    """Latents [B, K] of each token's K largest values: those of the K tiles of largest maximum hold them. Among the
+    negative, which give no code, bfloat16 may choose otherwise."""
+    pre_BF = ordered(pre_BF)
     tiles_BGT = _tiles(pre_BF)
     if tiles_BGT.shape[2] < 2 * k or tiles_BGT.shape[1] == 1:
         return pre_BF.topk(k, dim=-1, sorted=False).indices
@@ -60,9 +68,9 @@ def largest(pre_BF: Tensor, k: int) -> Tensor:
 def above(pre_BF: Tensor, maxima_BT: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Values, tokens (rising) and latents of what is positive and at least `floor`; `maxima_BT` are the tiles'."""
     floor = floor.to(pre_BF.dtype).clamp_min(torch.finfo(pre_BF.dtype).tiny)
-    token_T, tile_T = (maxima_BT >= floor).nonzero(as_tuple=True)
+    token_T, tile_T = (ordered(maxima_BT) >= ordered(floor)).nonzero(as_tuple=True)
     values_TG = _tiles(pre_BF)[token_T, :, tile_T]
-    place_N, member_N = (values_TG >= floor).nonzero(as_tuple=True)
+    place_N, member_N = (ordered(values_TG) >= ordered(floor)).nonzero(as_tuple=True)
     return values_TG[place_N, member_N], token_T[place_N], member_N * maxima_BT.shape[1] + tile_T[place_N]
 
 
@@ -138,17 +146,20 @@ class BatchTopK(Activation):
 
     def _kept(self, pre_BF: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Values, tokens and latents of the positive codes. The search starts at the running threshold, as in
-        `_boundary`; with too few values above it, at the boundary of the tiles' maxima, below which none can be."""
+        `_boundary`; without one, or with too few values above it, at the boundary of the tiles' maxima, below which
+        none can be."""
         assert self.training, "in evaluation the threshold decides, token by token"
-        maxima_BT = _tiles(pre_BF).amax(1)
-        found = above(pre_BF, maxima_BT, 0.9 * self.threshold.to(pre_BF.dtype))
-        if found[0].numel() < count <= maxima_BT.numel():
-            found = above(pre_BF, maxima_BT, maxima_BT.flatten().topk(count, sorted=False).values.min())
-        elif found[0].numel() < count:
-            found = above(pre_BF, maxima_BT, torch.zeros_like(self.threshold))
+        maxima_BT = _tiles(ordered(pre_BF)).amax(1).view(pre_BF.dtype)
+        found = above(pre_BF, maxima_BT, 0.9 * self.threshold) if self.threshold > 0 else None
+        if found is None or found[0].numel() < count:
+            least = torch.zeros_like(self.threshold)
+            if count <= maxima_BT.numel():
+                least = maxima_BT.flatten().topk(count, sorted=False).values.min()
+            found = above(pre_BF, maxima_BT, least)
         if found[0].numel() <= count:
             return found
-        kept_N = found[0] >= found[0].topk(count, sorted=False).values.min()
+        ordered_N = ordered(found[0])
+        kept_N = (ordered_N >= ordered_N.sort().values[-count]).nonzero().squeeze(1)
         values_N, token_N, latent_N = (part_N[kept_N] for part_N in found)
         return values_N, token_N, latent_N
 

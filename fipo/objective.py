@@ -9,11 +9,16 @@ any D. Each `Terms` field is already weighted: the logged terms sum to the optim
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
+from torch.autograd.function import once_differentiable
+
+from fipo.sparse import row_products, sum_rows
+
+_TOKENS = 256
+"""Tokens whose residuals of all levels stay in the cache of a core."""
 
 
 class Terms(NamedTuple):
@@ -35,19 +40,60 @@ def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
     return (x_BD - x_hat_BD).pow(2).mean()
 
 
-def nested_reconstructions(parts_BMD: Tensor, bias_D: Tensor, stop_gradient: float) -> list[Tensor]:
-    """x̂_1 .. x̂_M, each [B, D], from the parts of the levels, most important first (METHOD 4b).
+def nested_error(
+    parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float = 0.0, plain: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """L_rec, the mean over the levels of their squared errors, and x̂_M [B, D], without a gradient (METHOD 4b).
 
-    x̂_m = s·sg(x̂_{m-1}) + (1-s)·x̂_{m-1} + part_m. The values do not depend on s; the gradient does: with s = 0 later
-    levels pull at earlier latents (Matryoshka, Bussmann et al. 2025), with s = 1 each level learns only what the more
-    important ones left. The bias belongs to the first level.
+        x̂_m = s·sg(x̂_{m-1}) + (1-s)·x̂_{m-1} + part_m
+
+    The values do not depend on s; the gradient does: with s = 0 later levels pull at earlier latents (Matryoshka,
+    Bussmann et al. 2025), with s = 1 each level learns only what the more important ones left. The bias belongs to the
+    first level. Of weight `plain` is the squared error of x̂_M without any stop-gradient, beside that mean.
     """
-    first_BD, *later = parts_BMD.unbind(1)
-    levels = [bias_D + first_BD]
-    for part_BD in later:
-        x_hat_BD = levels[-1]
-        levels.append(torch.lerp(x_hat_BD, x_hat_BD.detach(), stop_gradient) + part_BD)
-    return levels
+    return _NestedError.apply(parts_BMD, bias_D, x_BD, stop_gradient, plain)
+
+
+class _NestedError(torch.autograd.Function):
+    """With r_m = x̂_m - x, the gradient of part m is 2 / (M B D) times a sum over the later levels, taken backwards:
+
+        g_m = (1 - plain)·h_m + plain·M·r_M,      h_M = r_M,      h_m = r_m + (1-s)·h_{m+1}
+
+    Both passes over the levels are done on few tokens at a time, which stay in the cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float, plain: float
+    ) -> tuple[Tensor, Tensor]:
+        levels = range(parts_BMD.shape[1])
+        grad_BMD, x_hat_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
+        squares_M = x_BD.new_zeros(len(levels))
+        whole = parts_BMD, x_BD, grad_BMD, x_hat_BD
+        for part_NMD, x_ND, grad_NMD, x_hat_ND in zip(*(rows.split(_TOKENS) for rows in whole), strict=True):
+            residual_MND = x_BD.new_empty(len(levels), *x_ND.shape)
+            last_ND = bias_D - x_ND
+            for level in levels:
+                last_ND = torch.add(last_ND, part_NMD[:, level], out=residual_MND[level])
+            torch.add(x_ND, last_ND, out=x_hat_ND)
+            squares_M += torch.linalg.vector_norm(residual_MND, dim=(1, 2)).pow(2)
+            plain_ND = len(levels) * plain * last_ND if plain else None
+            for level in levels[-2::-1]:
+                residual_MND[level].add_(residual_MND[level + 1], alpha=1 - stop_gradient)
+            if plain_ND is not None:
+                residual_MND.mul_(1 - plain).add_(plain_ND)
+            grad_NMD.copy_(residual_MND.transpose(0, 1))
+        ctx.save_for_backward(grad_BMD)
+        ctx.mark_non_differentiable(x_hat_BD)
+        errors_M = squares_M / x_BD.numel()
+        return torch.lerp(errors_M.mean(), errors_M[-1], plain), x_hat_BD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_BMD,) = ctx.saved_tensors
+        grad_BMD = grad_BMD * (grad * 2 / grad_BMD.numel())
+        return grad_BMD, grad_BMD[:, 0].sum(0, dtype=grad.dtype), None, None, None
 
 
 def auxiliary(residual_BD: Tensor, pre_BN: Tensor, dec_ND: Tensor, k: int) -> Tensor:
@@ -84,8 +130,8 @@ def orthogonality(
 
     `dec_FD` has any row norms; `held_FD` are the rows that hold (default: `dec_FD`, detached). No pair: exactly 0.
     """
-    unit_FD = _unit(dec_FD)
-    unit_held_FD = unit_FD.detach() if held_FD is None else _unit(held_FD)
+    rows_RD = dec_FD.detach() if held_FD is None else torch.cat([dec_FD.detach(), held_FD])
+    first_held = rows_RD.shape[0] - dec_FD.shape[0]
     first_P, second_P = pairs_P2.unbind(1)
     swap_P = sigma_F[second_P] > sigma_F[first_P]
     upper_P, lower_P = torch.where(swap_P, second_P, first_P), torch.where(swap_P, first_P, second_P)
@@ -93,7 +139,7 @@ def orthogonality(
     share_P = (sigma_F[upper_P] + tiny) / (sigma_F[upper_P] + sigma_F[lower_P] + 2 * tiny)
 
     def payments(payer_P: Tensor, holder_P: Tensor, share_P: Tensor) -> Tensor:
-        cos_P = torch.linalg.vecdot(embedding(payer_P, unit_FD), embedding(holder_P, unit_held_FD))
+        cos_P = _Cosines.apply(dec_FD, rows_RD, payer_P, holder_P + first_held)
         cost_P = share_P * (cos_P - margin).relu().pow(2)
         return cost_P / probability(cos_P.detach()) if estimator == "unbiased" and probability else cost_P
 
@@ -105,6 +151,34 @@ def orthogonality(
     if estimator == "max":
         return paid_F.scatter_reduce(0, payer_P, cost_P, "amax").mean()
     return paid_F.index_add(0, payer_P, cost_P).mean()
+
+
+class _Cosines(torch.autograd.Function):
+    """cos(dec[payer], rows[holder]) of every pair; the holders, and the first F rows, are `dec` itself, are constants.
+
+    The gradient to a payer's row is Σ g (unit_holder - cos unit_payer) / ‖dec_payer‖: a weighted sum of rows, and only
+    of pairs with a gradient. No row of others is touched.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dec_FD: Tensor, rows_RD: Tensor, payer_P: Tensor, holder_P: Tensor) -> Tensor:
+        norm_R = rows_RD.norm(dim=1).clamp_min(1e-12)
+        cos_P = row_products(rows_RD, payer_P, rows_RD, holder_P) / (norm_R[payer_P] * norm_R[holder_P])
+        ctx.latents = dec_FD.shape[0]
+        ctx.save_for_backward(rows_RD, norm_R, payer_P, holder_P, cos_P)
+        return cos_P
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
+        rows_RD, norm_R, *places = ctx.saved_tensors
+        paying_N = grad_P.nonzero().squeeze(1)
+        grad_N, payer_N, holder_N, cos_N = (part[paying_N] for part in (grad_P, *places))
+        weight_N = grad_N / norm_R[payer_N]
+        weights = torch.cat([weight_N / norm_R[holder_N], -weight_N * cos_N / norm_R[payer_N]])
+        sorted_, order = torch.cat([payer_N, payer_N]).sort(stable=True)
+        ends_S = torch.searchsorted(sorted_, torch.arange(ctx.latents + 1, device=sorted_.device))
+        return sum_rows(rows_RD, torch.cat([holder_N, payer_N])[order], weights[order], ends_S), None, None, None
 
 
 def chunked_orthogonality(dec_FD: Tensor, order_F: Tensor, chunk: int) -> Tensor:

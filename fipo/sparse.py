@@ -81,10 +81,23 @@ def decode_pairs(codes: Codes, dec_FD: Tensor, level_F: Tensor | None, levels: i
     return _Decode.apply(codes.values_N, dec_FD, *places).unflatten(0, (codes.batch, levels))
 
 
-def _sum_rows(rows_RD: Tensor, row_N: Tensor, weight_N: Tensor, ends_S: Tensor) -> Tensor:
-    """Σ_n weight_n rows[row_n] over every segment of pairs."""
+def sum_rows(rows_RD: Tensor, row_N: Tensor, weight_N: Tensor, ends_S: Tensor) -> Tensor:
+    """Σ_n weight_n rows[row_n] over every segment of pairs, summed in float32 or wider, in the type of the rows."""
     weight_N = weight_N.to(rows_RD.dtype)
     return embedding_bag(row_N, rows_RD, ends_S, mode="sum", per_sample_weights=weight_N, include_last_offset=True)
+
+
+def row_products(left_RD: Tensor, left_N: Tensor, right_RD: Tensor, right_N: Tensor) -> Tensor:
+    """⟨left[left_n], right[right_n]⟩ of every pair, without the [N, D] of both sides."""
+    if left_N.numel() == 0:
+        return left_RD.new_zeros(0)
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(left_RD, right_RD, right_N, left_N[:1], left_N, 0)
+
+
+def working(rows: Tensor) -> Tensor:
+    """In the type that matrix products have here: under autocast the lower one."""
+    kind = rows.device.type
+    return rows.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else rows
 
 
 class _Encode(torch.autograd.Function):
@@ -93,7 +106,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> Tensor:
         _enc_DF, _enc_bias_F, x_BD, values_N, *places = given
-        ctx.save_for_backward(x_BD, values_N, *places)
+        ctx.save_for_backward(working(x_BD), values_N, *places)
         return values_N.clone()
 
     @staticmethod
@@ -101,7 +114,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, values_N, token_N, order_N, ends_S = ctx.saved_tensors
         grad_N = torch.where(values_N > 0, grad_N, 0)[order_N]
-        grad_FD = _sum_rows(x_BD, token_N[order_N], grad_N, ends_S)
+        grad_FD = sum_rows(x_BD, token_N[order_N], grad_N, ends_S)
         return grad_FD.T, torch.segment_reduce(grad_N, "sum", offsets=ends_S, initial=0), *[None] * 5
 
 
@@ -111,19 +124,19 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_N: Tensor, dec_FD: Tensor, *places: Any) -> Tensor:
         bag_N, latent_N, order_N, ends_S, bags = places
+        dec_FD = working(dec_FD)
         ctx.save_for_backward(values_N, dec_FD, bag_N, latent_N, order_N, ends_S)
         sorted_N, by_bag_N = bag_N.sort(stable=True)
         bag_ends = torch.searchsorted(sorted_N, torch.arange(bags + 1, device=bag_N.device))
-        return _sum_rows(dec_FD, latent_N[by_bag_N], values_N[by_bag_N], bag_ends)
+        return sum_rows(dec_FD, latent_N[by_bag_N], values_N[by_bag_N], bag_ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         values_N, dec_FD, bag_N, latent_N, order_N, ends_S = ctx.saved_tensors
         grad_RD, grad_N, grad_FD = grad_RD.contiguous(), None, None
-        if ctx.needs_input_grad[0]:  # the inner products, without the [N, D] of both sides
-            dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
-            grad_N = dot(grad_RD, dec_FD, latent_N, ends_S[:1], bag_N, 0)
+        if ctx.needs_input_grad[0]:
+            grad_N = row_products(grad_RD, bag_N, dec_FD, latent_N)
         if ctx.needs_input_grad[1]:
-            grad_FD = _sum_rows(grad_RD, bag_N[order_N], values_N[order_N], ends_S)
+            grad_FD = sum_rows(grad_RD, bag_N[order_N], values_N[order_N], ends_S)
         return grad_N, grad_FD, *[None] * 5

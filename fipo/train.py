@@ -13,7 +13,7 @@ from fipo import lsh, objective
 from fipo.activations import build_activation
 from fipo.checkpoint import check_tensors
 from fipo.config import RunConfig
-from fipo.decoding import decode_levels
+from fipo.decoding import decode, decode_levels
 from fipo.errors import UserError
 from fipo.importance import ImportanceEMA
 from fipo.method import Penalty
@@ -155,10 +155,11 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
     state.optimizer.zero_grad()
     terms.total.backward()
     sae.project_decoder_gradient()
-    norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), settings.clip)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
     check_finite(state, terms, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(config, state.step)
+    state.optimizer.grad_scale = (norm / settings.clip).clamp_min(1)  # fused Adam divides by it as it reads a gradient
     state.optimizer.step()
     if not config.frozen_decoder:
         sae.normalise_decoder()
@@ -182,11 +183,11 @@ def loss_terms(
     share = penalty_share(config, state.step)
     nothing = torch.zeros((), device=x_BD.device)
     if config.levels is None or frozen:
-        levels = [sae.reconstruct(codes)]
+        parts_BMD, held, plain = decode(codes, sae.dec_FD)[:, None], 0.0, 0.0
     else:
         parts_BMD = decode_levels(codes, sae.dec_FD, latent_levels(state), len(config.levels.shares))
-        levels = objective.nested_reconstructions(parts_BMD, sae.dec_bias_D, stop_gradient(config, state.step))
-    x_hat_BD = levels[-1]
+        held, plain = stop_gradient(config, state.step), config.levels.plain
+    reconstruction, x_hat_BD = objective.nested_error(parts_BMD, sae.dec_bias_D, x_BD, held, plain)
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
     if not frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):
         sparsity = workload.sparsity_penalty * share * sae.activation.sparsity(pre_BF, codes, sae.dec_FD)
@@ -197,10 +198,6 @@ def loss_terms(
         )
     if config.penalty is not None:
         orthogonality = config.penalty.weight * share * decoder_penalty(state, config.penalty)
-    reconstruction = torch.stack([objective.squared_error(x_BD, level_BD) for level_BD in levels]).mean()
-    if config.levels is not None and config.levels.plain > 0 and not frozen:
-        plain_BD = parts_BMD.sum(1) + sae.dec_bias_D
-        reconstruction = torch.lerp(reconstruction, objective.squared_error(x_BD, plain_BD), config.levels.plain)
     return Terms(reconstruction, sparsity, auxiliary, orthogonality), x_hat_BD
 
 

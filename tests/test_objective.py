@@ -12,7 +12,7 @@ from fipo.objective import (
     Terms,
     auxiliary,
     chunked_orthogonality,
-    nested_reconstructions,
+    nested_error,
     orthogonality,
     squared_error,
 )
@@ -74,10 +74,17 @@ def level_inputs():
     return rows(6, WIDTH, 3), codes_BF, rows().requires_grad_(), rows(1, WIDTH, 4)[0].requires_grad_(), level_F
 
 
+def reference(parts_BMD, bias_D, s):
+    """The oracle of `nested_error`: every x̂_m, its gradient left to autograd."""
+    first_BD, *later = parts_BMD.unbind(1)
+    levels = [bias_D + first_BD]
+    for part_BD in later:
+        levels.append(torch.lerp(levels[-1], levels[-1].detach(), s) + part_BD)
+    return levels
+
+
 def nested(codes_BF, dec_FD, bias_D, level_F, s, sparse=False):
-    return nested_reconstructions(
-        decode_levels(pairs_of(codes_BF) if sparse else codes_BF, dec_FD, level_F, 3), bias_D, s
-    )
+    return reference(decode_levels(pairs_of(codes_BF) if sparse else codes_BF, dec_FD, level_F, 3), bias_D, s)
 
 
 def level_loss(x_BD, levels):
@@ -102,9 +109,9 @@ def test_without_stop_gradient_the_levels_are_a_naive_matryoshka():
 @pytest.mark.parametrize("sparse", [True, False])
 def test_values_do_not_depend_on_the_stop_gradient(sparse):
     _, *inputs = level_inputs()
-    reference = nested(*inputs, 0.0)
+    expected = nested(*inputs, 0.0)
     for s in (0.3, 1.0):
-        for one, other in zip(nested(*inputs, s, sparse), reference, strict=True):
+        for one, other in zip(nested(*inputs, s, sparse), expected, strict=True):
             assert torch.allclose(one, other)
 
 
@@ -135,11 +142,32 @@ def test_a_partial_stop_gradient_fades_by_one_minus_s_a_level(s):
     assert torch.allclose(faded, plain * (1 - s) ** (2 - level_F)[:, None])
 
 
-def test_one_level_is_the_plain_reconstruction():
-    _, codes_BF, dec_FD, bias_D, _ = level_inputs()
-    parts_BMD = decode_levels(codes_BF, dec_FD, torch.zeros(LATENTS, dtype=torch.int64), 1)
-    (only_BD,) = nested_reconstructions(parts_BMD, bias_D, 1.0)
-    assert torch.allclose(only_BD, codes_BF @ dec_FD + bias_D)
+@pytest.mark.parametrize("s", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("plain", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("levels", [1, 4])
+def test_nested_error_is_the_mean_over_the_levels_with_the_gradient_of_autograd(s, plain, levels):
+    """Over more tokens than go into the cache at once; the loss reaches the backward pass times 3."""
+    parts_BMD = torch.randn(600, levels, WIDTH, generator=toys.seeded(2), dtype=torch.float64).requires_grad_()
+    x_BD, bias_D = rows(600, WIDTH, 3), rows(1, WIDTH, 4)[0].requires_grad_()
+    expected = reference(parts_BMD, bias_D, s)
+    unlevelled = squared_error(x_BD, parts_BMD.sum(1) + bias_D)
+    loss = torch.lerp(level_loss(x_BD, expected), unlevelled, plain)
+    ours, x_hat_BD = nested_error(parts_BMD, bias_D, x_BD, s, plain)
+    assert torch.allclose(ours, loss) and torch.allclose(x_hat_BD, expected[-1]) and not x_hat_BD.requires_grad
+    gradients = (torch.autograd.grad(3 * value, (parts_BMD, bias_D)) for value in (ours, loss))
+    for one, other in zip(*gradients, strict=True):
+        assert other.any() and torch.allclose(one, other, rtol=1e-12, atol=1e-15)
+
+
+def test_nested_error_of_bfloat16_parts_adds_in_float32():
+    parts_BMD = torch.randn(600, 4, WIDTH, generator=toys.seeded(2)).bfloat16().requires_grad_()
+    x_BD, bias_D = rows(600, WIDTH, 3).float(), rows(1, WIDTH, 4)[0].float().requires_grad_()
+    loss = level_loss(x_BD, reference(parts_BMD.float(), bias_D, 0.5))
+    ours, x_hat_BD = nested_error(parts_BMD, bias_D, x_BD, 0.5)
+    assert torch.allclose(ours, loss, rtol=1e-6) and ours.dtype == x_hat_BD.dtype == torch.float32
+    gradients = (torch.autograd.grad(value, (parts_BMD, bias_D)) for value in (ours, loss))
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).norm() < 0.01 * other.norm()
 
 
 # Auxiliary loss

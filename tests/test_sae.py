@@ -101,6 +101,19 @@ def test_projected_gradient_has_no_part_along_the_rows_and_keeps_the_rest():
     assert torch.allclose(removed_FD, along_F * model.dec_FD, atol=1e-6)
 
 
+def test_rows_taken_in_parts_are_those_taken_at_once():
+    """More rows than go into the cache at once, and not a multiple of them."""
+    model = SAE(4, 300, build_activation("relu", 300, 4), generator=toys.seeded())
+    generator = toys.seeded(4)
+    dec_FD, gradient_FD = (torch.randn(300, 4, generator=generator) for _ in range(2))
+    model.dec_FD.data, model.dec_FD.grad = dec_FD.clone(), gradient_FD.clone()
+    model.project_decoder_gradient()
+    projected_FD = gradient_FD - (gradient_FD * dec_FD).sum(1, keepdim=True) * dec_FD
+    assert torch.allclose(model.dec_FD.grad, projected_FD, atol=1e-5)
+    model.normalise_decoder()
+    assert torch.allclose(model.dec_FD, dec_FD / dec_FD.norm(dim=1, keepdim=True))
+
+
 def test_projection_without_a_gradient_does_nothing():
     model = sae()
     model.project_decoder_gradient()

@@ -9,7 +9,7 @@ import toys
 from fipo.activations import BatchTopK, TopK, build_activation, largest
 from fipo.decoding import decode_levels
 from fipo.importance import ImportanceEMA
-from fipo.sparse import Codes, attach, pairs_of, positive
+from fipo.sparse import Codes, attach, pairs_of, positive, row_products, sum_rows
 from fipo.train import TrainState, latent_levels, train_step
 
 BATCH, LATENTS, WIDTH, LEVELS = 7, 40, 5, 3
@@ -58,6 +58,20 @@ def test_running_threshold_never_changes_the_pairs(threshold, k):
     activation, pre_BF = BatchTopK(k), pre_codes()
     activation.threshold.fill_(threshold)
     assert torch.equal(activation(pre_BF, as_pairs=True).dense(), activation(pre_BF))
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("k", [3, 9])
+@pytest.mark.parametrize("latents", [LATENTS, 400])
+def test_bfloat16_is_searched_as_float32_is(name, k, latents):
+    """Its bits as integers: negative values, both zeros and subnormal ones; ties are told by their value."""
+    pre_BF = pre_codes(latents=latents).bfloat16()
+    pre_BF[4, :5] = torch.tensor([-0.0, 0.0, 1e-40, -1e-40, 3e38])
+    pre_BF[5] = -0.0
+    narrow, wide = (both(name, kind, k)[0] for kind in (pre_BF, pre_BF.float()))
+    for token in range(BATCH):
+        values = (part.values_N[(part.token_N == token) & (part.values_N > 0)] for part in (narrow, wide))
+        assert torch.equal(*(part.sort().values for part in values))
 
 
 def test_ties_of_batchtopk_are_all_kept_as_pairs():
@@ -151,6 +165,35 @@ def test_gradients_are_those_of_the_matrix(name):
         results.append([parts_BMD, *torch.autograd.grad((parts_BMD * upstream_BMD).sum(), parameters)])
     for ours, theirs in zip(*results, strict=True):
         assert ours.any() and torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_and_products_of_rows():
+    rows_RD, left_RD = (torch.randn(LATENTS, WIDTH, generator=toys.seeded(seed)) for seed in (1, 2))
+    row_N, left_N = (torch.randint(0, LATENTS, (30,), generator=toys.seeded(seed)) for seed in (3, 4))
+    weight_N = torch.randn(30, generator=toys.seeded(5))
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.bfloat16, 0.02)):
+        found_N = row_products(left_RD.to(dtype), left_N, rows_RD.to(dtype), row_N)
+        assert torch.allclose(found_N.float(), (left_RD[left_N] * rows_RD[row_N]).sum(1), atol=2 * tolerance)
+        sums_SD = sum_rows(rows_RD.to(dtype), row_N, weight_N, torch.tensor([0, 7, 7, 30]))
+        parts = (weight_N[:, None] * rows_RD[row_N]).split([7, 0, 23])
+        assert torch.allclose(sums_SD.float(), torch.stack([part.sum(0) for part in parts]), atol=4 * tolerance)
+    assert row_products(left_RD, left_N[:0], rows_RD, row_N[:0]).shape == (0,)
+
+
+def test_under_autocast_rows_are_bfloat16_and_gradients_close_to_float32():
+    x_BD, parameters, level_F = weights()
+    x_BD, parameters = x_BD.float(), [part.detach().float().requires_grad_() for part in parameters]
+    codes = TopK(3)((x_BD @ parameters[0] + parameters[1]).detach(), as_pairs=True)
+    upstream_BMD = torch.randn(BATCH, LEVELS, WIDTH, generator=toys.seeded(4))
+    results = []
+    for autocast in (True, False):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            parts_BMD = decode_levels(attach(codes, x_BD, *parameters[:2]), parameters[2], level_F, LEVELS)
+        assert parts_BMD.dtype == (torch.bfloat16 if autocast else torch.float32)
+        loss = (parts_BMD.float() * upstream_BMD).sum()
+        results.append([parts_BMD.detach().float(), *torch.autograd.grad(loss, parameters)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == torch.float32 and 0 < (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
 def test_sums_do_not_depend_on_the_number_of_threads():

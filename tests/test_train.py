@@ -238,6 +238,28 @@ def test_gradients_are_clipped():
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize("clip", [0.01, 1e9])
+def test_the_step_is_adam_s_after_clipping(clip):
+    """The scale that fused Adam divides by leaves what clipping and a plain Adam leave."""
+    config = toys.run_config("topk", optimiser=Optimiser(autocast=False, clip=clip))
+    state = toys.fresh(config)
+    free = toys.fresh(replace(config, optimiser=Optimiser(autocast=False, clip=1e9)))
+    for acts_BD in toys.activations(3):
+        free.load_state_dict(snapshot(state))
+        train_step(free, acts_BD)
+        gradient_DF, before_DF = free.sae.enc_DF.grad, state.sae.enc_DF.detach().clone()
+        norm = torch.stack([p.grad.norm() for p in free.sae.parameters()]).norm()
+        gradient_DF = gradient_DF * (clip / norm).clamp_max(1)
+        old = state.optimizer.state[state.sae.enc_DF]
+        mean_DF, square_DF = (old[m].clone() if old else torch.zeros(()) for m in ("exp_avg", "exp_avg_sq"))
+        train_step(state, acts_BD)
+        mean_DF = (0.9 * mean_DF + 0.1 * gradient_DF) / (1 - 0.9**state.step)
+        square_DF = (0.999 * square_DF + 0.001 * gradient_DF.pow(2)) / (1 - 0.999**state.step)
+        moved_DF = learning_rate(config, state.step - 1) * mean_DF / (square_DF.sqrt() + 1e-8)
+        assert torch.allclose(state.sae.enc_DF, before_DF - moved_DF, atol=1e-6)
+    assert (norm > 0.01).all()
+
+
 def test_autocast_is_close_to_float32():
     config, batches = toys.run_config("run_6"), toys.activations(6)
     exact = run(toys.fresh(config), batches)
