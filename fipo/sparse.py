@@ -81,6 +81,12 @@ def decode_pairs(codes: Codes, dec_FD: Tensor, level_F: Tensor | None, levels: i
     return _Decode.apply(codes.values_N, dec_FD, *places).unflatten(0, (codes.batch, levels))
 
 
+def inner_products(rows_BD: Tensor, others_FD: Tensor, row_N: Tensor, other_N: Tensor) -> Tensor:
+    """⟨rows[row_n], others[other_n]⟩, [N], without the [N, D] of both sides."""
+    dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return dot(rows_BD.contiguous(), others_FD.contiguous(), other_N, other_N.new_zeros(1), row_N, 0)
+
+
 def _sum_rows(rows_RD: Tensor, row_N: Tensor, weight_N: Tensor, ends_S: Tensor) -> Tensor:
     """Σ_n weight_n rows[row_n] over every segment of pairs."""
     weight_N = weight_N.to(rows_RD.dtype)
@@ -121,9 +127,8 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
         values_N, dec_FD, bag_N, latent_N, order_N, ends_S = ctx.saved_tensors
         grad_RD, grad_N, grad_FD = grad_RD.contiguous(), None, None
-        if ctx.needs_input_grad[0]:  # the inner products, without the [N, D] of both sides
-            dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
-            grad_N = dot(grad_RD, dec_FD, latent_N, ends_S[:1], bag_N, 0)
+        if ctx.needs_input_grad[0]:
+            grad_N = inner_products(grad_RD, dec_FD, bag_N, latent_N)
         if ctx.needs_input_grad[1]:
             grad_FD = _sum_rows(grad_RD, bag_N[order_N], values_N[order_N], ends_S)
         return grad_N, grad_FD, *[None] * 5

@@ -1,0 +1,106 @@
+"""Codes of which few are on: found by a product in bfloat16, computed in float32.
+
+    on_bf  =  ⟨x_b, w_f⟩ + c_f > 0                                    c = bias - threshold
+    s_bf   =  ⟨x'_b, w'_f⟩ + ‖x_b - x'_b‖ ‖w_f‖ + ‖x'_b‖ ‖w_f - w'_f‖ + c_f    x', w': rounded to bfloat16
+
+s is never below ⟨x_b, w_f⟩ + c_f (Cauchy and Schwarz), so only where s is positive can a code be on. Its last three
+terms are four more columns of the rounded matrices, rounded up: one product in bfloat16, two to three times as fast as
+in float32 where the processor has instructions for it, and its signs are all that is read. What they leave is computed
+in float32 pair by pair. The dense path is the oracle (tests/test_screen.py).
+
+Shapes: B tokens, D model width, F latents, E = D + 4 columns, N pairs.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fipo.activations import threshold_of
+from fipo.sae import SAE
+from fipo.sparse import inner_products
+
+MOST = 0.02
+"""Share of pairs left by the screen from which computing all of them is as quick."""
+SIGNS = -0x7FFF7FFF7FFF8000
+"""The sign bits of four bfloat16 side by side, as one int64."""
+UP = 1 + 2**-7
+"""Rounded to bfloat16 (by at most 2^-8), a positive number times this is not below the number."""
+
+
+class Pairs(NamedTuple):
+    """The codes [B, F] that are on."""
+
+    values_N: Tensor
+    token_N: Tensor
+    latent_N: Tensor
+
+
+def screened(sae: SAE) -> Callable[[Tensor], Tensor | Pairs]:
+    """Model activations [B, D] -> codes: by the screen where that is quicker, else the matrix of `sae.encode`."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    usable = sae.enc_DF.device.type == "cpu" and threshold_of(sae.activation) is not None and sae.latents % 4 == 0
+    return Screen(sae) if fast and usable else sae.encode
+
+
+class Screen:
+    """The codes of one SAE whose activation is a threshold, on a CPU."""
+
+    def __init__(self, sae: SAE) -> None:
+        self.sae, self.pays = sae, True
+        self._rounded_FE: Tensor | None = None
+        self._signs = torch.empty(0, dtype=torch.bfloat16)
+
+    @torch.no_grad()
+    def __call__(self, acts_BD: Tensor) -> Tensor | Pairs:
+        """Codes of model activations [B, D]; a matrix once it has shown that too many pairs are left."""
+        if self.pays:
+            x_BD, threshold = self.sae.standardise(acts_BD), threshold_of(self.sae.activation)
+            latent_N, token_N = self.candidates(x_BD)
+            self.pays = len(latent_N) <= MOST * len(x_BD) * self.sae.latents
+        if not self.pays:
+            return self.sae.encode(acts_BD)
+        values_N = inner_products(x_BD, self.sae.enc_DF.T, token_N, latent_N) + self.sae.enc_bias_F[latent_N]
+        on_N = values_N > threshold.expand(self.sae.latents)[latent_N]
+        return Pairs(values_N[on_N], token_N[on_N], latent_N[on_N])
+
+    def candidates(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (rising) and tokens of the pairs that may be on; four neighbours are looked at together."""
+        if self._rounded_FE is None:
+            self._rounded_FE = _minus_latents(self.sae)
+        cells = self.sae.latents * len(x_BD)
+        if len(self._signs) < cells:  # kept, since fresh memory costs as much as the product
+            self._signs = torch.empty(cells, dtype=torch.bfloat16)
+        signs_FB = self._signs[:cells].view(self.sae.latents, len(x_BD))
+        torch.mm(self._rounded_FE, _tokens(x_BD).T, out=signs_FB)
+        fours = signs_FB.view(-1).view(torch.int64).bitwise_and_(SIGNS)
+        four_N = fours.nonzero()[:, 0]
+        place_N, member_N = fours[four_N].view(torch.int16).view(-1, 4).nonzero(as_tuple=True)
+        cell_N = 4 * four_N[place_N] + member_N
+        return cell_N // len(x_BD), cell_N % len(x_BD)
+
+
+def _tokens(x_BD: Tensor) -> Tensor:
+    """x' [B, E]."""
+    rounded_BD = x_BD.bfloat16()
+    lost_B, size_B = (x_BD - rounded_BD.float()).norm(dim=1), rounded_BD.float().norm(dim=1)
+    ones_B = torch.ones_like(size_B)
+    return torch.cat(
+        [rounded_BD, (UP * torch.stack([lost_B, size_B], 1)).bfloat16(), ones_B.expand(2, -1).T.bfloat16()], 1
+    )
+
+
+def _minus_latents(sae: SAE) -> Tensor:
+    """-w' [F, E]: the sign bit is set where s is positive, which one mask can read."""
+    weights_FD, offset_F = sae.enc_DF.T, sae.enc_bias_F - threshold_of(sae.activation)
+    rounded_FD = weights_FD.bfloat16()
+    size_F, lost_F = weights_FD.norm(dim=1), (weights_FD - rounded_FD.float()).norm(dim=1)
+    error = (
+        2**-14 + sae.d_in * 2**-22
+    )  # of the sums in float32, here and in the exact values, and of the two parts of c
+    head_F = offset_F.bfloat16()
+    tail_F = (offset_F - head_F.float() + error * offset_F.abs()).bfloat16()
+    bounds_FN = (UP * torch.stack([size_F, lost_F + error * size_F], 1)).bfloat16()
+    return -torch.cat([rounded_FD, bounds_FN, head_F[:, None], tail_F[:, None]], 1)
