@@ -21,7 +21,7 @@ from fipo.activations import threshold_of
 from fipo.sae import SAE
 from fipo.sparse import inner_products
 
-MOST = 0.02
+MOST = 0.04
 """Share of pairs left by the screen from which computing all of them is as quick."""
 SIGNS = -0x7FFF7FFF7FFF8000
 """The sign bits of four bfloat16 side by side, as one int64."""
@@ -46,7 +46,7 @@ def screened(sae: SAE) -> Callable[[Tensor], Tensor | Pairs]:
 
 
 class Screen:
-    """The codes of one SAE whose activation is a threshold, on a CPU."""
+    """The codes of one SAE whose activation is a threshold, on a CPU; its weights must stay as they are."""
 
     def __init__(self, sae: SAE) -> None:
         self.sae, self.pays = sae, True
@@ -55,27 +55,27 @@ class Screen:
 
     @torch.no_grad()
     def __call__(self, acts_BD: Tensor) -> Tensor | Pairs:
-        """Codes of model activations [B, D]; a matrix once it has shown that too many pairs are left."""
+        """Codes of model activations [B, D]; a matrix from where on too many pairs are left."""
+        x_BD, latents = self.sae.standardise(acts_BD), self.sae.latents
         if self.pays:
-            x_BD, threshold = self.sae.standardise(acts_BD), threshold_of(self.sae.activation)
-            latent_N, token_N = self.candidates(x_BD)
-            self.pays = len(latent_N) <= MOST * len(x_BD) * self.sae.latents
+            latent_N, token_N = self._left(x_BD)
+            self.pays = len(latent_N) <= MOST * latents * len(x_BD)
         if not self.pays:
             return self.sae.encode(acts_BD)
         values_N = inner_products(x_BD, self.sae.enc_DF.T, token_N, latent_N) + self.sae.enc_bias_F[latent_N]
-        on_N = values_N > threshold.expand(self.sae.latents)[latent_N]
+        on_N = values_N > threshold_of(self.sae.activation).expand(latents)[latent_N]
         return Pairs(values_N[on_N], token_N[on_N], latent_N[on_N])
 
-    def candidates(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents (rising) and tokens of the pairs that may be on; four neighbours are looked at together."""
+    def _left(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (rising) and tokens of the pairs that may be on; the signs of four are read together."""
         if self._rounded_FE is None:
             self._rounded_FE = _minus_latents(self.sae)
         cells = self.sae.latents * len(x_BD)
-        if len(self._signs) < cells:  # kept, since fresh memory costs as much as the product
+        if len(self._signs) < cells:  # kept, since fresh memory takes as long as the product
             self._signs = torch.empty(cells, dtype=torch.bfloat16)
-        signs_FB = self._signs[:cells].view(self.sae.latents, len(x_BD))
-        torch.mm(self._rounded_FE, _tokens(x_BD).T, out=signs_FB)
-        fours = signs_FB.view(-1).view(torch.int64).bitwise_and_(SIGNS)
+        signs_C = self._signs[:cells]
+        torch.mm(self._rounded_FE, _tokens(x_BD).T, out=signs_C.view(-1, len(x_BD)))
+        fours = signs_C.view(torch.int64).bitwise_and_(SIGNS)
         four_N = fours.nonzero()[:, 0]
         place_N, member_N = fours[four_N].view(torch.int16).view(-1, 4).nonzero(as_tuple=True)
         cell_N = 4 * four_N[place_N] + member_N
@@ -83,24 +83,23 @@ class Screen:
 
 
 def _tokens(x_BD: Tensor) -> Tensor:
-    """x' [B, E]."""
+    """x' with its four columns, [B, E]."""
     rounded_BD = x_BD.bfloat16()
-    lost_B, size_B = (x_BD - rounded_BD.float()).norm(dim=1), rounded_BD.float().norm(dim=1)
-    ones_B = torch.ones_like(size_B)
-    return torch.cat(
-        [rounded_BD, (UP * torch.stack([lost_B, size_B], 1)).bfloat16(), ones_B.expand(2, -1).T.bfloat16()], 1
-    )
+    lost_B1, size_B1 = (part_BD.norm(dim=1, keepdim=True) for part_BD in (x_BD - rounded_BD, rounded_BD.float()))
+    ones_B1 = torch.ones_like(size_B1)
+    return torch.cat([rounded_BD, *(part.bfloat16() for part in (UP * lost_B1, UP * size_B1, ones_B1, ones_B1))], 1)
 
 
 def _minus_latents(sae: SAE) -> Tensor:
-    """-w' [F, E]: the sign bit is set where s is positive, which one mask can read."""
-    weights_FD, offset_F = sae.enc_DF.T, sae.enc_bias_F - threshold_of(sae.activation)
+    """-w' with its four columns, [F, E]; negative, since it is easier to look for the sign bit than for its absence.
+
+    `error` bounds what the sums in float32, here and of the exact values, and c in two parts lose.
+    """
+    weights_FD, error = sae.enc_DF.T, 2**-14 + sae.d_in * 2**-22
     rounded_FD = weights_FD.bfloat16()
-    size_F, lost_F = weights_FD.norm(dim=1), (weights_FD - rounded_FD.float()).norm(dim=1)
-    error = (
-        2**-14 + sae.d_in * 2**-22
-    )  # of the sums in float32, here and in the exact values, and of the two parts of c
-    head_F = offset_F.bfloat16()
-    tail_F = (offset_F - head_F.float() + error * offset_F.abs()).bfloat16()
-    bounds_FN = (UP * torch.stack([size_F, lost_F + error * size_F], 1)).bfloat16()
-    return -torch.cat([rounded_FD, bounds_FN, head_F[:, None], tail_F[:, None]], 1)
+    size_F1, lost_F1 = (part_FD.norm(dim=1, keepdim=True) for part_FD in (weights_FD, weights_FD - rounded_FD))
+    offset_F1 = (sae.enc_bias_F - threshold_of(sae.activation))[:, None]
+    head_F1 = offset_F1.bfloat16()
+    tail_F1 = offset_F1 - head_F1 + error * offset_F1.abs()
+    columns = UP * size_F1, UP * (lost_F1 + error * size_F1), head_F1, tail_F1
+    return -torch.cat([rounded_FD, *(part.bfloat16() for part in columns)], 1)

@@ -8,6 +8,7 @@ from fipo import pooling
 from fipo.data.harvest import Chunk
 from fipo.errors import UserError
 from fipo.pooling import FeatureMap, numbers_or_read, pool, pool_or_read
+from fipo.screen import Pairs
 
 TEXTS, LAYERS, WIDTH = 7, (2, 5), 6
 
@@ -41,6 +42,18 @@ def test_means_by_brute_force(size):
         mine = acts_NLD[owner_N == text]
         torch.testing.assert_close(llm_ND[text], mine[:, 1].mean(0))
         torch.testing.assert_close(sae_NF[text], maps()[1].encode(mine[:, 0]).mean(0))
+
+
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_pairs_are_pooled_like_the_matrix_they_stand_for(size):
+    def encode(acts_BD):
+        codes_BF = maps()[1].encode(acts_BD)
+        token_N, latent_N = (codes_BF > 0).nonzero(as_tuple=True)
+        return Pairs(codes_BF[token_N, latent_N], token_N, latent_N)
+
+    (matrix_NF,) = pool(chunks(size), TEXTS, maps()[1:], LAYERS)
+    (pairs_NF,) = pool(chunks(size), TEXTS, [maps()[1]._replace(encode=encode)], LAYERS)
+    torch.testing.assert_close(pairs_NF, matrix_NF)
 
 
 def test_wide_codes_are_made_in_pieces_that_fit_the_cache(monkeypatch):
