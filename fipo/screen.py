@@ -93,13 +93,13 @@ def _tokens(x_BD: Tensor) -> Tensor:
 def _minus_latents(sae: SAE) -> Tensor:
     """-w' with its four columns, [F, E]; negative, since it is easier to look for the sign bit than for its absence.
 
-    `error` bounds what the sums in float32, here and of the exact values, and c in two parts lose.
+    `error` bounds what the sums in float32, here and of the exact values, lose, and c in two parts: where s is near 0
+    (and only there does it matter) c is no larger than ‖x‖ ‖w‖.
     """
     weights_FD, error = sae.enc_DF.T, 2**-14 + sae.d_in * 2**-22
     rounded_FD = weights_FD.bfloat16()
     size_F1, lost_F1 = (part_FD.norm(dim=1, keepdim=True) for part_FD in (weights_FD, weights_FD - rounded_FD))
     offset_F1 = (sae.enc_bias_F - threshold_of(sae.activation))[:, None]
     head_F1 = offset_F1.bfloat16()
-    tail_F1 = offset_F1 - head_F1 + error * offset_F1.abs()
-    columns = UP * size_F1, UP * (lost_F1 + error * size_F1), head_F1, tail_F1
+    columns = UP * size_F1, UP * (lost_F1 + error * size_F1), head_F1, offset_F1 - head_F1
     return -torch.cat([rounded_FD, *(part.bfloat16() for part in columns)], 1)

@@ -66,6 +66,27 @@ def test_nothing_that_is_narrowly_on_is_missed(spread, offset):
     assert set(range(64)) <= set(token_N[latent_N == token_N].tolist())
 
 
+@pytest.mark.parametrize("rounded", ["tokens", "weights", "offset"])
+@torch.no_grad()
+def test_nothing_is_missed_where_the_rounding_is_at_its_worst(rounded):
+    """One side exact in bfloat16 and along what the other loses, so that the bound is nearly reached; or both exact,
+    and the offset nearly in the middle of two bfloat16."""
+    x_BD, sae = tokens(64, 5), SAE(WIDTH, 64, ReLU(), generator=seeded(6))
+    lost_BD = x_BD - x_BD.bfloat16().float()
+    if rounded == "tokens":
+        sae.enc_DF.copy_(lost_BD.sign().T)
+    elif rounded == "weights":
+        sae.enc_DF.copy_(x_BD.T)
+        x_BD = lost_BD.sign()
+    else:
+        x_BD, sae.enc_DF[:] = 1.421875 * torch.eye(WIDTH)[:64], 1.4453125 * torch.eye(WIDTH)[:, :64]
+    pre_F = (x_BD.double() @ sae.enc_DF.double()).diagonal()
+    size_F = x_BD.double().norm(dim=1) * sae.enc_DF.double().norm(dim=0)
+    sae.enc_bias_F.copy_(1e-5 * size_F - pre_F)
+    latent_N, token_N = Screen(sae)._left(x_BD)
+    assert set(range(64)) <= set(token_N[latent_N == token_N].tolist())
+
+
 @torch.no_grad()
 def test_what_is_clearly_off_is_not_looked_at():
     x_BD, sae = narrow(-0.01, 1.0, 0.0)
