@@ -30,7 +30,7 @@ UP = 1 + 2**-7
 
 
 class Pairs(NamedTuple):
-    """The codes [B, F] that are on."""
+    """The codes [B, F] that are on, and a few that are 0."""
 
     values_N: Tensor
     token_N: Tensor
@@ -64,7 +64,7 @@ class Screen:
             return self.sae.encode(acts_BD)
         values_N = inner_products(x_BD, self.sae.enc_DF.T, token_N, latent_N) + self.sae.enc_bias_F[latent_N]
         on_N = values_N > threshold_of(self.sae.activation).expand(latents)[latent_N]
-        return Pairs(values_N[on_N], token_N[on_N], latent_N[on_N])
+        return Pairs(torch.where(on_N, values_N, 0), token_N, latent_N)
 
     def _left(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (rising) and tokens of the pairs that may be on; the signs of four are read together."""
