@@ -26,7 +26,7 @@ from fipo.data.store import cache_root
 from fipo.errors import UserError
 from fipo.files import read_json, sha256_json, write_json
 from fipo.sae import SAE
-from fipo.screen import Pairs
+from fipo.screen import Pairs, Screen
 
 Precision = Literal["float32", "bfloat16"]
 CODES_IN_CACHE = 2**22
@@ -65,8 +65,7 @@ def pool(
     sums = [torch.zeros(texts, one.width, device=device) for one in maps]
     counts = [torch.zeros(texts, device=device) for _ in layers]
     tokens_N = torch.zeros(texts, dtype=torch.int64)
-    most = max(64, CODES_IN_CACHE // max(one.width for one in maps)) if device == "cpu" else None
-    for acts_BLD, text_B in _pieces(chunks, most):
+    for acts_BLD, text_B in _pieces(chunks, _most(maps) if device == "cpu" else None):
         owners, sizes = text_B.unique_consecutive(return_counts=True)
         starts, rows_B = (sizes.cumsum(0) - sizes).to(device), torch.arange(len(text_B), device=device)
         tokens_N.index_add_(0, owners, sizes)
@@ -93,6 +92,11 @@ def pool(
         count_N1 = counts[layers.index(one.layer)][:, None]
         means.append(sum_NF.bfloat16() / count_N1.bfloat16() if low else sum_NF.div_(count_N1))
     return [mean_NF.float().cpu() for mean_NF in means]
+
+
+def _most(maps: Sequence[FeatureMap]) -> int:
+    """Tokens whose codes fit the cache; a screen writes two bytes a code."""
+    return max(64, min((2 if isinstance(one.encode, Screen) else 1) * CODES_IN_CACHE // one.width for one in maps))
 
 
 def _pieces(chunks: Iterable[Chunk], most: int | None) -> Iterator[Chunk]:

@@ -5,10 +5,12 @@ import torch
 from toys import seeded
 
 from fipo import pooling
+from fipo.activations import ReLU
 from fipo.data.harvest import Chunk
 from fipo.errors import UserError
 from fipo.pooling import FeatureMap, numbers_or_read, pool, pool_or_read
-from fipo.screen import Pairs
+from fipo.sae import SAE
+from fipo.screen import Pairs, Screen
 
 TEXTS, LAYERS, WIDTH = 7, (2, 5), 6
 
@@ -65,6 +67,14 @@ def test_wide_codes_are_made_in_pieces_that_fit_the_cache(monkeypatch):
     (pieces_NF,) = pool([Chunk(acts_NLD, owner_N)], 3, [wide], (0,))
     assert seen == [150, 64, 64, 22]
     torch.testing.assert_close(pieces_NF, whole_NF)
+
+
+def test_a_screen_takes_twice_the_tokens():
+    screen = Screen(SAE(WIDTH, 2**12, ReLU(), generator=seeded()))
+    matrix, pairs = (FeatureMap(0, 2**12, encode, ("sae",)) for encode in (screen.sae.encode, screen))
+    narrow = FeatureMap(0, WIDTH, lambda acts_BD: acts_BD, ("llm",), channels=True)
+    sizes = [pooling._most(maps) for maps in ([narrow, pairs], [narrow, matrix], [pairs, matrix])]
+    assert sizes == [2**11, 2**10, 2**10]
 
 
 def test_bfloat16_rounds_the_sum_and_the_mean():
