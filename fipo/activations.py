@@ -214,6 +214,18 @@ class JumpReLU(Activation):
         return step_BF.sum(dtype=torch.float32) / pre_BF.shape[0]
 
 
+def threshold_of(activation: Activation) -> Tensor | None:
+    """θ, one or [F], where a = pre 1[pre > θ]; None where the values of a token or a batch vie with each other."""
+    match activation:
+        case ReLU():
+            return torch.zeros(())
+        case JumpReLU():
+            return activation.threshold_F
+        case BatchTopK() if not activation.training:
+            return activation.threshold
+    return None
+
+
 def build_activation(architecture: str, latents: int, k: int) -> Activation:
     """The activation of an architecture's name (`RunConfig.architecture`)."""
     match architecture:

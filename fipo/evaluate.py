@@ -28,6 +28,7 @@ from fipo.progress import progress
 from fipo.randomness import generator_for, plain_generator
 from fipo.replay import replay
 from fipo.sae import SAE
+from fipo.screen import screened
 
 SAMPLE_TEXTS = 128
 """Places, evenly spaced over all datasets, from which the tokens come on which an SAE's L0 and scale are found."""
@@ -226,17 +227,13 @@ def _feature_maps(
         _warn_of_scale(name, found["scale"])
         l0 = controls.nearby_l0(found["l0"])
         control = functools.cache(functools.partial(_random_control, sae.latents, l0, sample, layer, seed))
-        codes = functools.partial(_codes, sae, dtype)
+        codes = screened(sae) if dtype == torch.float32 else functools.partial(encode_in, sae, dtype=dtype)
         maps["sae", name] = FeatureMap(layer, sae.latents, codes, ("sae", key), keep=keep)
         codes = functools.partial(_random_codes, control)
         maps["random", name] = FeatureMap(
             layer, sae.latents, codes, ("random, bfloat16", sae.latents, l0, seed, sampled)
         )
     return maps
-
-
-def _codes(sae: SAE, dtype: torch.dtype, acts_BD: Tensor) -> Tensor:
-    return sae.encode(acts_BD) if dtype == torch.float32 else encode_in(sae, acts_BD, dtype)
 
 
 def _random_codes(control: Callable[[], SAE], acts_BD: Tensor) -> Tensor:

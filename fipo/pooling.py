@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from fipo.activations import BatchTopK, JumpReLU
+from fipo.activations import threshold_of
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.data.harvest import Chunk
 from fipo.data.store import cache_root
 from fipo.errors import UserError
 from fipo.files import read_json, sha256_json, write_json
 from fipo.sae import SAE
+from fipo.screen import Pairs, Screen
 
 Precision = Literal["float32", "bfloat16"]
 CODES_IN_CACHE = 2**22
@@ -33,11 +34,11 @@ CODES_IN_CACHE = 2**22
 
 
 class FeatureMap(NamedTuple):
-    """Activations of one layer [B, D] -> features [B, F]."""
+    """Activations of one layer [B, D] -> features [B, F], or those that are not 0."""
 
     layer: int
     width: int
-    encode: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor | Pairs]
     key: tuple[Any, ...]
     """Names all that the map depends on, as plain values."""
     channels: bool = False
@@ -64,8 +65,7 @@ def pool(
     sums = [torch.zeros(texts, one.width, device=device) for one in maps]
     counts = [torch.zeros(texts, device=device) for _ in layers]
     tokens_N = torch.zeros(texts, dtype=torch.int64)
-    most = max(64, CODES_IN_CACHE // max(one.width for one in maps)) if device == "cpu" else None
-    for acts_BLD, text_B in _pieces(chunks, most):
+    for acts_BLD, text_B in _pieces(chunks, _most(maps) if device == "cpu" else None):
         owners, sizes = text_B.unique_consecutive(return_counts=True)
         starts, rows_B = (sizes.cumsum(0) - sizes).to(device), torch.arange(len(text_B), device=device)
         tokens_N.index_add_(0, owners, sizes)
@@ -77,7 +77,12 @@ def pool(
             counts[place].index_add_(0, owner_B, counted_B)
             for one, sum_NF in zip(maps, sums, strict=True):
                 if one.layer == layer:
-                    codes_BF = one.encode(acts_BD).float()
+                    codes = one.encode(acts_BD)
+                    if isinstance(codes, Pairs):
+                        cell_N = owner_B[codes.token_N] * one.width + codes.latent_N
+                        sum_NF.view(-1).scatter_add_(0, cell_N, codes.values_N)
+                        continue
+                    codes_BF = codes.float()
                     codes_BF = codes_BF * counted_B[:, None] if low and not one.channels else codes_BF
                     sum_NF.index_add_(0, owners, embedding_bag(rows_B, codes_BF, starts, mode="sum"))
     if not tokens_N.all():
@@ -85,8 +90,13 @@ def pool(
     means = []
     for one, sum_NF in zip(maps, sums, strict=True):
         count_N1 = counts[layers.index(one.layer)][:, None]
-        means.append(sum_NF.bfloat16() / count_N1.bfloat16() if low else sum_NF / count_N1)
+        means.append(sum_NF.bfloat16() / count_N1.bfloat16() if low else sum_NF.div_(count_N1))
     return [mean_NF.float().cpu() for mean_NF in means]
+
+
+def _most(maps: Sequence[FeatureMap]) -> int:
+    """Tokens whose codes fit the cache; a screen writes two bytes a code."""
+    return max(64, min((2 if isinstance(one.encode, Screen) else 1) * CODES_IN_CACHE // one.width for one in maps))
 
 
 def _pieces(chunks: Iterable[Chunk], most: int | None) -> Iterator[Chunk]:
@@ -101,12 +111,8 @@ def encode_in(sae: SAE, acts_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes [B, F] of model activations, all arithmetic in `dtype`; for an SAE in raw units, as saved ones are."""
     x_BD = acts_BD.to(dtype) - sae.mean_D.to(dtype)
     pre_BF = x_BD @ sae.enc_DF.to(dtype) + sae.enc_bias_F.to(dtype)
-    match sae.activation:
-        case JumpReLU(threshold_F=threshold_F):
-            return torch.where(pre_BF > threshold_F.to(dtype), pre_BF, 0)
-        case BatchTopK(threshold=threshold):
-            return torch.where(pre_BF > threshold.to(dtype), pre_BF, 0)
-    return sae.activation(pre_BF)
+    threshold = threshold_of(sae.activation)
+    return sae.activation(pre_BF) if threshold is None else torch.where(pre_BF > threshold.to(pre_BF), pre_BF, 0)
 
 
 def pool_or_read(

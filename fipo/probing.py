@@ -16,8 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fipo.rows import Rows
-
 
 class Tasks(NamedTuple):
     """The one-vs-rest tasks of one split of a dataset: row T belongs to class T."""
@@ -134,20 +132,21 @@ def full_accuracies(train_NF: Tensor, test_NF: Tensor, train: Tasks, test: Tasks
     bias_T = torch.empty(tasks, dtype=dtype).uniform_(-bound, bound, generator=generator)
     optimizer = torch.optim.AdamW([weights_TF, bias_T], lr=0.01)
     best_T, waited_T = torch.zeros(tasks), torch.zeros(tasks)
-    train_rows, test_batch = Rows(train_NF), Rows(test_NF).batch(test.rows_TM)
     weights_TF.grad, bias_T.grad = torch.zeros_like(weights_TF), torch.zeros_like(bias_T)
+    space_BF = torch.empty(min(250, rows), train_NF.shape[1], dtype=dtype)  # fresh memory costs more than the copy
     for _ in range(100):
         open_O = (waited_T < 10).nonzero()[:, 0]  # a task that has stopped may drift: it is not looked at again
         if not len(open_O):
             break
         order_OM = torch.stack([torch.randperm(rows, generator=generator) for _ in open_O])
-        for part_OM in order_OM.split(250, dim=1):
-            batch = train_rows.batch(train.rows_TM[open_O].gather(1, part_OM))
-            labels_OM = train.labels_TM[open_O].gather(1, part_OM).to(dtype)
-            error_OM = (batch.products(weights_TF[open_O]) + bias_T[open_O, None]).sigmoid() - labels_OM
-            weights_TF.grad[open_O], bias_T.grad[open_O] = batch.sums(error_OM / part_OM.shape[1]), error_OM.mean(1)
+        for part_OB in order_OM.split(250, dim=1):
+            for task, part_B in zip(open_O.tolist(), part_OB, strict=True):
+                x_BF = torch.index_select(train_NF, 0, train.rows_TM[task, part_B], out=space_BF[: len(part_B)])
+                error_B = (x_BF @ weights_TF[task] + bias_T[task]).sigmoid() - train.labels_TM[task, part_B].to(dtype)
+                torch.mv(x_BF.T, error_B / len(error_B), out=weights_TF.grad[task])
+                bias_T.grad[task] = error_B.mean()
             optimizer.step()
-        logits_TM = test_batch.products(weights_TF) + bias_T[:, None]
+        logits_TM = (test_NF @ weights_TF.T + bias_T).T.gather(1, test.rows_TM)
         accuracy_T = ((logits_TM > 0) == (test.labels_TM > 0)).float().mean(1)
         better_T = (accuracy_T > best_T) & (waited_T < 10)
         best_T = torch.where(better_T, accuracy_T, best_T)

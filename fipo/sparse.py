@@ -91,7 +91,8 @@ def row_products(left_RD: Tensor, left_N: Tensor, right_RD: Tensor, right_N: Ten
     """⟨left[left_n], right[right_n]⟩ of every pair, without the [N, D] of both sides."""
     if left_N.numel() == 0:
         return left_RD.new_zeros(0)
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(left_RD, right_RD, right_N, left_N[:1], left_N, 0)
+    dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    return dot(left_RD.contiguous(), right_RD.contiguous(), right_N, left_N[:1], left_N, 0)
 
 
 def working(rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import toys
 
-from fipo.activations import BatchTopK, JumpReLU, ReLU, TopK, build_activation
+from fipo.activations import BatchTopK, JumpReLU, ReLU, TopK, build_activation, threshold_of
 
 ARCHITECTURES = ["relu", "topk", "batchtopk", "jumprelu"]
 
@@ -178,3 +178,18 @@ def test_l1_is_blind_to_the_scale_of_a_row():
 def test_budgeted_activations_cost_nothing(name):
     activation = build_activation(name, 11, 2)
     assert activation.sparse and activation.sparsity(pre_codes(), pre_codes().relu(), torch.eye(11)) == 0
+
+
+@pytest.mark.parametrize("name", ["relu", "jumprelu", "batchtopk"])
+def test_the_threshold_says_all(name):
+    activation, pre_BF = build_activation(name, pre_codes().shape[1], 2).eval(), pre_codes()
+    if name == "batchtopk":
+        activation.threshold.fill_(0.3)
+    with torch.no_grad():
+        expected_BF = activation(pre_BF)
+        assert torch.equal(torch.where(pre_BF > threshold_of(activation), pre_BF, 0), expected_BF)
+    assert 0 < (expected_BF > 0).sum() < (pre_BF > 0).sum() or name == "relu"
+
+
+def test_codes_that_vie_with_each_other_have_no_threshold():
+    assert threshold_of(TopK(2).eval()) is None and threshold_of(BatchTopK(2).train()) is None

@@ -5,9 +5,12 @@ import torch
 from toys import seeded
 
 from fipo import pooling
+from fipo.activations import ReLU
 from fipo.data.harvest import Chunk
 from fipo.errors import UserError
 from fipo.pooling import FeatureMap, numbers_or_read, pool, pool_or_read
+from fipo.sae import SAE
+from fipo.screen import Pairs, Screen
 
 TEXTS, LAYERS, WIDTH = 7, (2, 5), 6
 
@@ -43,6 +46,18 @@ def test_means_by_brute_force(size):
         torch.testing.assert_close(sae_NF[text], maps()[1].encode(mine[:, 0]).mean(0))
 
 
+@pytest.mark.parametrize("size", [1, 3, 16])
+def test_pairs_are_pooled_like_the_matrix_they_stand_for(size):
+    def encode(acts_BD):
+        codes_BF = maps()[1].encode(acts_BD)
+        token_N, latent_N = (codes_BF > 0).nonzero(as_tuple=True)
+        return Pairs(codes_BF[token_N, latent_N], token_N, latent_N)
+
+    (matrix_NF,) = pool(chunks(size), TEXTS, maps()[1:], LAYERS)
+    (pairs_NF,) = pool(chunks(size), TEXTS, [maps()[1]._replace(encode=encode)], LAYERS)
+    torch.testing.assert_close(pairs_NF, matrix_NF)
+
+
 def test_wide_codes_are_made_in_pieces_that_fit_the_cache(monkeypatch):
     seen = []
     acts_NLD, owner_N = torch.randn(150, 1, 4, generator=seeded(3)), torch.arange(150) // 50
@@ -52,6 +67,14 @@ def test_wide_codes_are_made_in_pieces_that_fit_the_cache(monkeypatch):
     (pieces_NF,) = pool([Chunk(acts_NLD, owner_N)], 3, [wide], (0,))
     assert seen == [150, 64, 64, 22]
     torch.testing.assert_close(pieces_NF, whole_NF)
+
+
+def test_a_screen_takes_twice_the_tokens():
+    screen = Screen(SAE(WIDTH, 2**12, ReLU(), generator=seeded()))
+    matrix, pairs = (FeatureMap(0, 2**12, encode, ("sae",)) for encode in (screen.sae.encode, screen))
+    narrow = FeatureMap(0, WIDTH, lambda acts_BD: acts_BD, ("llm",), channels=True)
+    sizes = [pooling._most(maps) for maps in ([narrow, pairs], [narrow, matrix], [pairs, matrix])]
+    assert sizes == [2**11, 2**10, 2**10]
 
 
 def test_bfloat16_rounds_the_sum_and_the_mean():

@@ -21,6 +21,7 @@ from fipo.probing import full_accuracies, sparse_answers
 from fipo.randomness import generator_for
 from fipo.sae import SAE
 from fipo.saebench import Setting, metric_name, sparse_probing_record
+from fipo.screen import screened
 
 
 def selected_texts(names: Iterable[str], train: int, test: int, seed: int) -> dict[str, dict[str, dict[str, str]]]:
@@ -67,7 +68,7 @@ def content_of_cache(classes: list[Tensor]) -> list[Chunk]:
 
 def pooled(chunks: Iterable[Chunk], texts: int, sae: SAE, precision: Precision = "float32") -> tuple[Tensor, Tensor]:
     """Means over the content tokens of every text, [N, D] of the activations and [N, F] of the codes."""
-    encode = sae.encode if precision == "float32" else lambda acts_BD: encode_in(sae, acts_BD, torch.bfloat16)
+    encode = screened(sae) if precision == "float32" else lambda acts_BD: encode_in(sae, acts_BD, torch.bfloat16)
     maps = [
         FeatureMap(0, sae.d_in, lambda acts_BD: acts_BD, ("llm",), channels=True),
         FeatureMap(0, sae.latents, encode, ("sae",)),
