@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fipo.config import LSH, Importance, Levels, Penalty, Probing, Reservoir, RunConfig, Text, Workload
+from fipo.config import LSH, Importance, Levels, Optimiser, Penalty, Probing, Reservoir, RunConfig, Text, Workload
 from fipo.train import TrainState, build_state, refresh_pairs, train_step
 
 Shape = tuple[int, int, int, int]
@@ -24,8 +24,7 @@ NEVER = 100_000
 
 
 def whole_method(architecture: str, workload: Workload, *, refresh_every: int, revive_every: int) -> RunConfig:
-    """Every part of the method; buckets of about 128 latents and more."""
-    bits = max(5, (workload.latents // 128).bit_length() - 1)
+    """Every part of the method, at the k that most steps have."""
     return RunConfig(
         run="benchmark",
         workload=workload,
@@ -33,7 +32,8 @@ def whole_method(architecture: str, workload: Workload, *, refresh_every: int, r
         aux_weight=1 / 32,
         importance=Importance(),
         reservoir=Reservoir(revive_every=revive_every),
-        lsh=LSH(bits=bits, refresh_every=refresh_every),
+        lsh=LSH(refresh_every=refresh_every),
+        optimiser=Optimiser(k_start=1.0),
         penalty=Penalty(),
         levels=Levels(),
     )
