@@ -42,10 +42,8 @@ JUDGED = {"mcc": "mcc", "explained_variance": "explained_variance"} | {
 }
 """Our measures, and where SAELens' evaluation has them."""
 
-MATRYOSHKA = Levels(order="fixed", stop_gradient=0.0, decoder_only=0.0)
-OMEGA: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty(weight=0.1)}
-
-NINE = (1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, 1 / 2, 1.0)
+MATRYOSHKA = Levels(order="fixed", shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0), stop_gradient=0.0)
+PARTS: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty()}
 
 METHODS: dict[str, dict[str, Any]] = {
     "relu": {"architecture": "relu", "sparsity": 0.012},
@@ -54,10 +52,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "batchtopk": {},
     "frozen": {"frozen_decoder": True},
     "ortsae": {"penalty": Penalty(kind="ortsae", weight=0.1)},
-    "omega": OMEGA,
+    "omega": PARTS,
     "matryoshka": {"levels": MATRYOSHKA},
-    "levels": {"importance": Importance(), "levels": Levels(shares=NINE)},
-    "fipo": OMEGA | {"penalty": Penalty(), "levels": Levels(shares=NINE)},
+    "levels": {"importance": Importance(), "levels": Levels()},
+    "fipo": PARTS | {"levels": Levels()},
 }
 """What each differs in from BatchTopK. `sparsity` is λ_s, chosen for an L0 near 6 on the model of 1,024 features."""
 
@@ -119,10 +117,11 @@ def evaluate(state: TrainState, truth: SyntheticModel, tokens: int, device: str 
     return recovery(state.sae, samples, truth.features_GD, truth.parent_G)
 
 
-def run(names: Sequence[str], seed: int, k: int, truth: SyntheticModel, given: argparse.Namespace) -> Iterator[Row]:
-    """The rows of one seed and k."""
-    configs = [config_of(METHODS[name], truth, k, given.steps, given.rate, seed) for name in names]
-    for name, (state, seconds) in zip(names, train(configs, truth, given.device), strict=True):
+def run(names: Sequence[str], seed: int, truth: SyntheticModel, given: argparse.Namespace) -> Iterator[Row]:
+    """The rows of one seed, at every k; all train in step."""
+    pairs = [(name, k) for k in given.k for name in names]
+    configs = [config_of(METHODS[name], truth, k, given.steps, given.rate, seed) for name, k in pairs]
+    for (name, k), (state, seconds) in zip(pairs, train(configs, truth, given.device), strict=True):
         if given.save:
             beside = {"importance_F": state.importance.values()}
             folder = given.save / f"{name}_k{k}_seed{seed}"
@@ -253,11 +252,10 @@ def main() -> None:
         parser.error("--judge needs --save and --truth, from which SAELens reads")
     truth = the_truth(given.features, given.truth).to(given.device)
     rows = []
-    for k in given.k:
-        for seed in given.seeds:
-            for row in run(given.methods, seed, k, truth, given):
-                rows.append(row)
-                sys.stderr.write(json.dumps(row) + "\n")
+    for seed in given.seeds:
+        for row in run(given.methods, seed, truth, given):
+            rows.append(row)
+            sys.stderr.write(json.dumps(row) + "\n")
     if given.judge:
         judged(rows, given.judge, given.save, given.truth, given.tokens)
     settings = {name: getattr(given, name) for name in ("features", "steps", "rate", "tokens")}

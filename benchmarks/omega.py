@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import arguments, interleaved, publish
-from benchmarks.ground_truth import config_of, evaluate
-from fipo.config import LSH, Importance, Penalty
+from benchmarks.ground_truth import PARTS, config_of, evaluate
+from fipo.config import LSH, Importance
 from fipo.data.prepare import statistics as mean_and_scale
 from fipo.lsh import candidate_pairs
 from fipo.metrics import max_cosines
@@ -29,7 +29,6 @@ from fipo.randomness import generator_for
 from fipo.synthetic import SyntheticModel, Truth, build
 from fipo.train import TrainState, build_state, train_step
 
-PARTS: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty()}
 WAYS: dict[str, dict[str, Any]] = {
     "none": {"importance": Importance()},
     "LSH's pairs": PARTS,

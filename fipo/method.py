@@ -86,7 +86,7 @@ class Penalty:
 
     kind: Literal["prioritised", "ortsae"] = "prioritised"
     """Ω over the pairs that LSH finds, or OrtSAE's: every row's largest cosine in a random chunk of the dictionary."""
-    weight: float = 0.3
+    weight: float = 0.1
     """λ_o."""
     estimator: Literal["max", "sum", "unbiased"] = "max"
     """Over a latent's candidates: the worst one, all of them, or all weighted by one over their collision chance."""
@@ -109,7 +109,7 @@ class Levels:
 
     order: Literal["fixed", "importance"] = "importance"
     """By index (Matryoshka) or by σ, largest first."""
-    shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
+    shares: tuple[float, ...] = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
     """Share of the dictionary in the first m levels; increasing, the last one is 1."""
     stop_gradient: float = 0.5
     """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
@@ -117,7 +117,7 @@ class Levels:
     """Share of the steps over which s rises from 0: latents must first be found, by every level's gradient."""
     plain: float = 0.0
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
-    decoder_only: float = 0.25
+    decoder_only: float = 0.0
     """Share of the steps, the last ones, in which the encoder is frozen and the decoder alone learns, unlevelled."""
 
     def __post_init__(self) -> None:
@@ -135,9 +135,9 @@ class Optimiser:
 
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises from 0."""
-    k_start: float = 4.0
+    k_start: float = 2.0
     """Multiple of k with which topk and batchtopk start, so that every latent learns before the budget is short."""
-    k_fall: float = 0.3
+    k_fall: float = 0.8
     """Share of the steps over which it falls to 1."""
     penalty_warmup: float = 0.5
     """Share of the steps over which λ_s and λ_o rise from 0: an unlearned dictionary must not be thinned."""
