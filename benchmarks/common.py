@@ -1,6 +1,7 @@
 """What every benchmark shares: interleaved timing, one table on screen, one JSON file."""
 
 import argparse
+import os
 import itertools
 import statistics
 import time
@@ -21,6 +22,11 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
     for name, default in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="%(default)s")
     return parser.parse_args()
+
+
+def as_found() -> dict[str, str]:
+    """The environment without what `import fipo` put into it: a rival runs as its users run it."""
+    return {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
 
 
 def interleaved(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import as_found
 from benchmarks.parity import ours
 from fipo.activations import ReLU
 from fipo.config import Probing
@@ -120,7 +121,7 @@ def side_ours(folder: Path) -> dict[str, Any]:
 
 def run_side(command: list[str], folder: Path, out: str, threads: int) -> dict[str, Any]:
     """One half in a process of its own; what it wrote."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = {**as_found(), "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     environment |= {"JAXTYPING_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     with open(folder / f"{out}.log", "w") as log:
         done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import arguments, interleaved, publish
+from benchmarks.common import arguments, as_found, interleaved, publish
 from benchmarks.our_step import Shape, fresh_state, gaussian, refresher
 from benchmarks.trainer_process import DEVICE, SETTINGS
 from fipo import objective
@@ -56,6 +56,7 @@ class Trainer:
             stdout=subprocess.PIPE,
             stderr=self.complaints,
             text=True,
+            env=as_found(),
         )
 
     def step(self) -> float:
