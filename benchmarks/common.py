@@ -1,8 +1,8 @@
 """What every benchmark shares: interleaved timing, one table on screen, one JSON file."""
 
 import argparse
-import os
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
