@@ -150,7 +150,7 @@ class BatchTopK(Activation):
         none can be."""
         assert self.training, "in evaluation the threshold decides, token by token"
         maxima_BT = _tiles(ordered(pre_BF)).amax(1).view(pre_BF.dtype)
-        found = above(pre_BF, maxima_BT, 0.9 * self.threshold) if self.threshold > 0 else None
+        found = above(pre_BF, maxima_BT, 0.95 * self.threshold) if self.threshold > 0 else None
         if found is None or found[0].numel() < count:
             least = torch.zeros_like(self.threshold)
             if count <= maxima_BT.numel():

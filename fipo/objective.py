@@ -59,7 +59,7 @@ class _NestedError(torch.autograd.Function):
 
         g_m = (1 - plain)·h_m + plain·M·r_M,      h_M = r_M,      h_m = r_m + (1-s)·h_{m+1}
 
-    Both passes over the levels are done on few tokens at a time, which stay in the cache.
+    Both passes over the levels are done on few tokens at a time, which stay in the cache; a GPU takes all at once.
     """
 
     @staticmethod
@@ -69,8 +69,8 @@ class _NestedError(torch.autograd.Function):
         levels = range(parts_BMD.shape[1])
         grad_BMD, x_hat_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
         squares_M = x_BD.new_zeros(len(levels))
-        whole = parts_BMD, x_BD, grad_BMD, x_hat_BD
-        for part_NMD, x_ND, grad_NMD, x_hat_ND in zip(*(rows.split(_TOKENS) for rows in whole), strict=True):
+        whole, tokens = (parts_BMD, x_BD, grad_BMD, x_hat_BD), _TOKENS if x_BD.device.type == "cpu" else len(x_BD)
+        for part_NMD, x_ND, grad_NMD, x_hat_ND in zip(*(rows.split(tokens) for rows in whole), strict=True):
             residual_MND = x_BD.new_empty(len(levels), *x_ND.shape)
             last_ND = bias_D - x_ND
             for level in levels:
@@ -154,7 +154,7 @@ def orthogonality(
 
 
 class _Cosines(torch.autograd.Function):
-    """cos(dec[payer], rows[holder]) of every pair; the holders, and the first F rows, are `dec` itself, are constants.
+    """cos(dec[payer], rows[holder]) of every pair; the first F rows are those of `dec`, the rows are constants.
 
     The gradient to a payer's row is Σ g (unit_holder - cos unit_payer) / ‖dec_payer‖: a weighted sum of rows, and only
     of pairs with a gradient. No row of others is touched.

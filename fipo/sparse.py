@@ -8,8 +8,9 @@
 
 The sums over the pairs of a latent are sums over segments once the pairs are sorted by latent: `Codes` sorts them once,
 for the statistics and both weights. `embedding_bag` is the weighted sum of rows over segments. Every segment is summed
-in a fixed order, without atomics, so a step is bitwise repeatable, and [N, D] is never built. After Gao et al. 2024,
-appendix D, whose sums are atomic. The dense path is the oracle (tests/test_sparse.py).
+in a fixed order, without atomics, so a step is bitwise repeatable, and [N, D] is never built. Under autocast the rows
+are in its type, as those of a matrix product would be, and are added up in float32. After Gao et al. 2024, appendix D,
+whose sums are atomic. The dense path is the oracle (tests/test_sparse.py).
 
 Shapes: B tokens, D model width, F latents, N pairs, M levels, R rows, S = F + 1 ends of segments.
 """
