@@ -10,7 +10,7 @@ import toys
 
 from fipo import objective
 from fipo.checkpoint import load_tensors, save_tensors
-from fipo.config import Levels, Optimiser, Penalty, RunConfig
+from fipo.config import LSH, Levels, Optimiser, Penalty, RunConfig
 from fipo.errors import UserError
 from fipo.metrics import max_cosines, quality
 from fipo.randomness import generator_for
@@ -364,6 +364,16 @@ def test_learning_rate_of_the_schedule_is_the_optimiser_s():
 def test_penalty_share_rises_over_the_warm_up(warmup, expected):
     config = toys.run_config("run_0", steps=10, optimiser=Optimiser(penalty_warmup=warmup))
     assert [penalty_share(config, step) for step in range(4)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("estimator", "kept"), [("max", True), ("unbiased", False)])
+def test_pairs_stay_in_the_running_unless_their_chance_to_be_found_counts(estimator, kept, monkeypatch):
+    given, mined_P2 = [], torch.tensor([[0, 1]])
+    monkeypatch.setattr("fipo.lsh.candidate_pairs", lambda *_, held_P2, **__: given.append(held_P2) or mined_P2)
+    config = toys.run_config("run_3", penalty=Penalty(estimator=estimator), lsh=LSH(refresh_every=1, partners=None))
+    run(toys.fresh(config), toys.activations(2))
+    assert [held_P2 is not None for held_P2 in given] == [kept, kept]
+    assert not kept or (len(given[0]) == 0 and given[1] is mined_P2)
 
 
 def test_k_falls_from_its_multiple_to_k():
