@@ -7,8 +7,8 @@ from the model as they are needed, then sparse probing of all three (36 classes 
 Measured: the real architecture with random weights on random tokens, a warm-up, then a slice of every phase, scaled to
 the job. Predicted: what every phase does, counted by running a part of it on the CPU (benchmarks/roofline.py), at
 assumed efficiencies. Left out of both: reading weights and text, tokenising, mean and scale of the first pool,
-checkpoints. The last quarter of the steps, in which the decoder alone learns, is counted like the rest. `--tiny 1`
-measures a toy model, on any device: it tries the code and says nothing of the card.
+checkpoints. `--tiny 1` measures a toy model, on any device: it tries the code and says nothing of the
+card.
 """
 
 from dataclasses import replace

@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.our_step import make_families, whole_method
+from benchmarks.our_step import MEAN_K, make_families, whole_method
 from fipo import controls
 from fipo.config import LSH, Probing, Reservoir, RunConfig, Workload
 from fipo.data.buffer import LiveSource, ShuffleBuffer
@@ -127,7 +127,8 @@ def now(device: str) -> float:
 
 
 def run_config(workload: Workload) -> RunConfig:
-    """Our method as a run has it: refreshes and revivals fall where they fall."""
+    """Our method as a run has it, at the mean of the falling k: refreshes and revivals fall where they fall."""
+    workload = replace(workload, k=round(MEAN_K * workload.k))
     return whole_method("batchtopk", workload, refresh_every=LSH().refresh_every, revive_every=Reservoir().revive_every)
 
 

@@ -4,11 +4,12 @@
 
     python benchmarks/ground_truth.py --json OUT.json --merge SEED_1.json SEED_2.json ...
 
-The truth is SynthSAEBench's in our own generator (`fipo.synthetic`), a quarter as many latents as features. Truth, data
-and SAE have streams of chance of their own, and every method of a seed sees the same tokens. Prints one table, mean ±
-standard deviation over the seeds, and writes {"name", "hardware", "versions", "rows", "ratios"}. `--judge PYTHON`, of
-an environment with sae-lens, adds what SAELens' own evaluation says of the same SAEs on the same tokens. `--merge` puts
-the rows of earlier results together, so that seeds can be trained at different times.
+All train by the same schedules (`fipo.schedules`: k falls to its budget from twice as many, by which Matryoshka gains
+as well). The truth is SynthSAEBench's in our own generator (`fipo.synthetic`), a quarter as many latents as features.
+Truth, data and SAE have streams of chance of their own, and every method of a seed sees the same tokens. Prints one
+table, mean ± standard deviation over the seeds, and writes {"name", "hardware", "versions", "rows", "ratios"}. `--judge
+PYTHON`, of an environment with sae-lens, adds what SAELens' own evaluation says of the same SAEs on the same tokens.
+`--merge` puts the rows of earlier results together, so that seeds can be trained at different times.
 """
 
 import argparse
@@ -211,6 +212,9 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
             require(key not in rows, f"row of {file}", key, "one that no earlier file has")
             rows[key] = row
     revisions = sorted({result["git_revision"] for result in results})
+    for name in ("hardware", "versions"):
+        same = all(result.get(name) == results[0].get(name) for result in results)
+        require(same, name, [result.get(name) for result in results], "the same of all results")
     return {**results[0], "git_revision": ", ".join(revisions), "rows": list(rows.values())}
 
 

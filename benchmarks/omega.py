@@ -3,13 +3,13 @@
     python -m benchmarks.omega --json OUT.json [--seeds 3] [--latents 4096] [--steps 600] [--wide 32768]
 
 Gain: BatchTopK SAEs of as many latents as the truth has features are trained three ways on the same tokens of a known
-truth (`fipo.synthetic`): without Ω, with Ω on LSH's pairs at the default settings, and with Ω on every latent's truly
-closest more important one, searched anew at each step. All three are judged by Ω over all pairs and by the mean max
-cosine; the share is what LSH's pairs took off Ω, of what all pairs took off.
+truth (`fipo.synthetic`): without Ω, with Ω on LSH's pairs at the default settings, and with Ω on every latent's dearest
+pair with a more important one, searched among all pairs at each step. All three are judged by Ω over all pairs and by
+the mean max cosine; the share is what LSH's pairs took off Ω, of what all pairs took off.
 
 Cost: seconds a step of both at --wide latents of width 768 (groups of four with cosines near .4, σ at random), a
 refresh of the pairs spread over its steps. All pairs need the whole Gram matrix; it is made without a gradient, some
-rows at a time, and only the closest pairs are differentiated: the cheapest exact form that we know.
+rows at a time, and only the dearest pairs are differentiated: the cheapest exact form that we know.
 """
 
 import statistics
@@ -34,25 +34,26 @@ WAYS: dict[str, dict[str, Any]] = {
     "LSH's pairs": PARTS,
     "all pairs": PARTS | {"lsh": LSH(refresh_every=10**9)},
 }
-"""What each differs in from BatchTopK; the closest of all pairs are set from outside, step by step."""
+"""What each differs in from BatchTopK; the dearest of all pairs are set from outside, step by step."""
 
 
 @torch.no_grad()
-def closest_pairs(unit_FD: Tensor, priority_F: Tensor, rows: int = 1024) -> Tensor:
-    """Every row with the closest row of higher priority, [P, 2]; those with a positive cosine. Searches all pairs."""
+def dearest_pairs(unit_FD: Tensor, sigma_F: Tensor, rows: int = 1024) -> Tensor:
+    """Every row's pair [P, 2] with a more important row for which it pays most, ω cos² with ω = σ / (σ + own σ): with
+    these alone Ω (`max`) is that of all pairs. Searches all of them."""
     found = []
     for members_N in torch.arange(len(unit_FD), device=unit_FD.device).split(rows):
-        cos_NF = unit_FD[members_N] @ unit_FD.T
-        cos_NF.masked_fill_(priority_F[None, :] <= priority_F[members_N, None], -1.0)
-        cos_N, partner_N = cos_NF.max(1)
-        found.append(torch.stack([members_N, partner_N], 1)[cos_N > 0])
+        own_N1 = sigma_F[members_N, None]
+        cost_NF = (unit_FD[members_N] @ unit_FD.T).relu_().square_() * (sigma_F / (sigma_F + own_N1 + 1e-30))
+        cost_N, partner_N = cost_NF.masked_fill_(sigma_F[None, :] <= own_N1, 0.0).max(1)
+        found.append(torch.stack([members_N, partner_N], 1)[cost_N > 0])
     return torch.cat(found)
 
 
 def omega_of_all(dec_FD: Tensor, sigma_F: Tensor) -> float:
     """Ω over all pairs."""
     unit_FD = dec_FD / dec_FD.norm(dim=1, keepdim=True)
-    return orthogonality(unit_FD, sigma_F, closest_pairs(unit_FD, sigma_F)).item()
+    return orthogonality(unit_FD, sigma_F, dearest_pairs(unit_FD, sigma_F)).item()
 
 
 def trained(truth: SyntheticModel, latents: int, k: int, steps: int, seed: int) -> dict[str, TrainState]:
@@ -64,7 +65,7 @@ def trained(truth: SyntheticModel, latents: int, k: int, steps: int, seed: int) 
     for sample in truth.batches(1024 * steps, 1024, generator_for(seed, "data")):
         for way, state in states.items():
             if way == "all pairs":
-                state.pairs_P2 = closest_pairs(state.sae.dec_FD.detach(), state.importance.values())
+                state.pairs_P2 = dearest_pairs(state.sae.dec_FD.detach(), state.importance.values())
             train_step(state, sample.acts_BD)
     return states
 
@@ -112,7 +113,7 @@ def cost_rows(latents: int, rounds: int, width: int = 768) -> tuple[list[dict[st
         )
 
     def search() -> None:
-        held["all pairs"] = closest_pairs(dec_FD.detach(), sigma_F)
+        held["all pairs"] = dearest_pairs(dec_FD.detach(), sigma_F)
 
     def gradient(way: str) -> object:
         return torch.autograd.grad(orthogonality(dec_FD, sigma_F, held[way]), dec_FD)

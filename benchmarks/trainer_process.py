@@ -33,7 +33,7 @@ SETTINGS = {
     ("fipo", "topk"): ("pairs", "matrix"),
     ("fipo", "batchtopk"): ("pairs", "matrix"),
 }
-"""What each rival offers that may make it faster; the first is its default or recommendation."""
+"""What each rival offers that may make it faster."""
 MICRO_BATCHES = 8
 """Chunks of a batch under sparsify's `micro_acc_steps`: its backward pass holds [B, K, D] otherwise."""
 

@@ -94,7 +94,7 @@ def read_results(folder: Path) -> list[Result]:
 
 
 def pareto_points(folders: Sequence[Path]) -> list[Point]:
-    """Explained variance against top-1 of every run; results of `fipo probe` know no explained variance."""
+    """Explained variance against top-1 of every run; what lacks one of them, as a `fipo probe` result, is left out."""
     return [
         Point(
             f"top-1 of sparse probing, {result.record['workload']}, layer {result.layer}",
@@ -105,22 +105,23 @@ def pareto_points(folders: Sequence[Path]) -> list[Point]:
         )
         for folder in folders
         for result in read_results(folder)
-        if "held_out_fvu" in result.record
+        if "held_out_fvu" in result.record and overall_metrics(result.record)["sae_top_1_test_accuracy"] is not None
     ]
 
 
 def _setting(record: dict[str, Any]) -> str:
-    if record.get("k") is not None:
-        return f"k {record['k']}"
-    return f"λ {record['sparsity_penalty']:g}" if "sparsity_penalty" in record else ""
+    if "k" not in record:
+        return ""
+    return f"λ {record['sparsity_penalty']:g}" if record["k"] is None else f"k {record['k']}"
 
 
 def _told_apart(results: Sequence[Result]) -> list[Result]:
     """Where runs of one name differ in sparsity, its setting becomes part of the name."""
     settings: dict[str, set[str]] = {}
     for result in results:
-        settings.setdefault(result.run, set()).add(result.setting)
-    return [r._replace(run=f"{r.run}, {r.setting}") if len(settings[r.run]) > 1 else r for r in results]
+        settings.setdefault(result.run, set()).update({result.setting} - {""})
+    several = {run for run, of in settings.items() if len(of) > 1}
+    return [r._replace(run=f"{r.run}, {r.setting}") if r.run in several and r.setting else r for r in results]
 
 
 def table(results: Sequence[Result]) -> str:

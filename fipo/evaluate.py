@@ -227,7 +227,7 @@ def _feature_maps(
         _warn_of_scale(name, found["scale"])
         l0 = controls.nearby_l0(found["l0"])
         control = functools.cache(functools.partial(_random_control, sae.latents, l0, sample, layer, seed))
-        codes = screened(sae) if dtype == torch.float32 else functools.partial(encode_in, sae, dtype=dtype)
+        codes = screened(sae, found["l0"]) if dtype == torch.float32 else functools.partial(encode_in, sae, dtype=dtype)
         maps["sae", name] = FeatureMap(layer, sae.latents, codes, ("sae", key), keep=keep)
         codes = functools.partial(_random_codes, control)
         maps["random", name] = FeatureMap(

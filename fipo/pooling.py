@@ -26,7 +26,7 @@ from fipo.data.store import cache_root
 from fipo.errors import UserError
 from fipo.files import read_json, sha256_json, write_json
 from fipo.sae import SAE
-from fipo.screen import Pairs, Screen
+from fipo.screen import Pairs
 
 Precision = Literal["float32", "bfloat16"]
 CODES_IN_CACHE = 2**22
@@ -56,16 +56,19 @@ def pool(
     *,
     device: str = "cpu",
     precision: Precision = "float32",
+    widest: int | None = None,
 ) -> list[Tensor]:
     """Means over each text's content tokens, [N, F] a map, in float32 (of numbers rounded to `precision`).
 
     `layers` names the second axis of the chunks. With `bfloat16` the maps are expected to round their own arithmetic.
+    `widest`: width that sets how many tokens are encoded at a time, where it is not that of these maps.
     """
+    most = max(64, CODES_IN_CACHE // (widest or max(one.width for one in maps)))
     low = precision == "bfloat16"
     sums = [torch.zeros(texts, one.width, device=device) for one in maps]
     counts = [torch.zeros(texts, device=device) for _ in layers]
     tokens_N = torch.zeros(texts, dtype=torch.int64)
-    for acts_BLD, text_B in _pieces(chunks, _most(maps) if device == "cpu" else None):
+    for acts_BLD, text_B in _pieces(chunks, most if device == "cpu" else None):
         owners, sizes = text_B.unique_consecutive(return_counts=True)
         starts, rows_B = (sizes.cumsum(0) - sizes).to(device), torch.arange(len(text_B), device=device)
         tokens_N.index_add_(0, owners, sizes)
@@ -92,11 +95,6 @@ def pool(
         count_N1 = counts[layers.index(one.layer)][:, None]
         means.append(sum_NF.bfloat16() / count_N1.bfloat16() if low else sum_NF.div_(count_N1))
     return [mean_NF.float().cpu() for mean_NF in means]
-
-
-def _most(maps: Sequence[FeatureMap]) -> int:
-    """Tokens whose codes fit the cache; a screen writes two bytes a code."""
-    return max(64, min((2 if isinstance(one.encode, Screen) else 1) * CODES_IN_CACHE // one.width for one in maps))
 
 
 def _pieces(chunks: Iterable[Chunk], most: int | None) -> Iterator[Chunk]:
@@ -133,7 +131,9 @@ def pool_or_read(
         found.append(pooled_NF if pooled_NF is not None and pooled_NF.shape == (texts, one.width) else None)
     missing = [number for number, pooled_NF in enumerate(found) if pooled_NF is None]
     if missing:
-        made = pool(chunks(), texts, [maps[n] for n in missing], layers, device=device, precision=precision)
+        widest = max(one.width for one in maps)  # of all, so that what is missing is made as in a first run, bit by bit
+        wanted = [maps[n] for n in missing]
+        made = pool(chunks(), texts, wanted, layers, device=device, precision=precision, widest=widest)
         for number, pooled_NF in zip(missing, made, strict=True):
             found[number] = pooled_NF
             if maps[number].keep:

@@ -116,10 +116,12 @@ def draw(log: Path, path: Path, title: str) -> None:
 
 
 def print_results(out_dir: Path) -> None:
-    """Dataset by k for every layer: SAE latents, the model's channels and a random SAE, and run_0's latents and those
-    of the frozen-decoder control run_7 where these folders are beside this one."""
+    """Dataset by k for every layer: SAE latents, the model's channels and a random SAE; and, where their folders are
+    beside this one, the latents of the run's baseline: run_0, or for BatchTopK run_8 and the frozen decoder of run_7.
+    """
     info = read_json(out_dir / FINAL)
-    others = {run: _beside(out_dir, run, info["eval_config"]["dataset_names"]) for run in ("run_0", "run_7")}
+    baselines = ("run_8", "run_7") if info["architecture"] == "batchtopk" else ("run_0",)
+    others = {run: _beside(out_dir, run, info["eval_config"]["dataset_names"]) for run in baselines}
     console = make_console()
     for layer, record in info["layers"].items():
         old = {run: other["layers"][layer] for run, other in others.items() if other and layer in other["layers"]}

@@ -5,12 +5,10 @@ import torch
 from toys import seeded
 
 from fipo import pooling
-from fipo.activations import ReLU
 from fipo.data.harvest import Chunk
 from fipo.errors import UserError
 from fipo.pooling import FeatureMap, numbers_or_read, pool, pool_or_read
-from fipo.sae import SAE
-from fipo.screen import Pairs, Screen
+from fipo.screen import Pairs
 
 TEXTS, LAYERS, WIDTH = 7, (2, 5), 6
 
@@ -69,12 +67,17 @@ def test_wide_codes_are_made_in_pieces_that_fit_the_cache(monkeypatch):
     torch.testing.assert_close(pieces_NF, whole_NF)
 
 
-def test_a_screen_takes_twice_the_tokens():
-    screen = Screen(SAE(WIDTH, 2**12, ReLU(), generator=seeded()))
-    matrix, pairs = (FeatureMap(0, 2**12, encode, ("sae",)) for encode in (screen.sae.encode, screen))
-    narrow = FeatureMap(0, WIDTH, lambda acts_BD: acts_BD, ("llm",), channels=True)
-    sizes = [pooling._most(maps) for maps in ([narrow, pairs], [narrow, matrix], [pairs, matrix])]
-    assert sizes == [2**11, 2**10, 2**10]
+@pytest.mark.usefixtures("own_cache")
+def test_what_is_missing_is_made_in_the_pieces_of_all(monkeypatch):
+    """A first run and one that found a part in the cache add up the same numbers in the same order."""
+    monkeypatch.setattr(pooling, "CODES_IN_CACHE", 9 * 64)
+    seen = []
+    chunk = Chunk(torch.randn(150, 1, 4, generator=seeded(3)), torch.arange(150) // 50)
+    narrow = FeatureMap(0, 4, lambda acts_BD: seen.append(len(acts_BD)) or acts_BD, ("sae", "narrow"), keep=False)
+    wide = FeatureMap(0, 9, lambda acts_BD: acts_BD.repeat(1, 3)[:, :9], ("sae", "wide"))
+    for _ in range(2):
+        pool_or_read({"text": "x"}, lambda: [chunk], 3, [narrow, wide], (0,))
+    assert seen == 2 * [64, 64, 22]
 
 
 def test_bfloat16_rounds_the_sum_and_the_mean():

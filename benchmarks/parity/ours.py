@@ -1,5 +1,6 @@
 """What ours computes on the inputs of the parity checks: the public functions of `fipo`, called from one place."""
 
+import itertools
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -68,12 +69,15 @@ def content_of_cache(classes: list[Tensor]) -> list[Chunk]:
 
 def pooled(chunks: Iterable[Chunk], texts: int, sae: SAE, precision: Precision = "float32") -> tuple[Tensor, Tensor]:
     """Means over the content tokens of every text, [N, D] of the activations and [N, F] of the codes."""
-    encode = screened(sae) if precision == "float32" else lambda acts_BD: encode_in(sae, acts_BD, torch.bfloat16)
+    chunks = iter(chunks)
+    first = next(chunks)
+    l0 = (sae.encode(first.acts_NLD[:, 0].float()) > 0).sum().item() / len(first.text_N)
+    encode = screened(sae, l0) if precision == "float32" else lambda acts_BD: encode_in(sae, acts_BD, torch.bfloat16)
     maps = [
         FeatureMap(0, sae.d_in, lambda acts_BD: acts_BD, ("llm",), channels=True),
         FeatureMap(0, sae.latents, encode, ("sae",)),
     ]
-    llm_ND, sae_NF = pool(chunks, texts, maps, (0,), precision=precision)
+    llm_ND, sae_NF = pool(itertools.chain([first], chunks), texts, maps, (0,), precision=precision)
     return llm_ND, sae_NF
 
 
