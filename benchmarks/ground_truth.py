@@ -249,11 +249,14 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
-    if given.merge:
-        publish(given.json, merged(given.merge))
-        return
     if given.judge and not (given.save and given.truth):
         parser.error("--judge needs --save and --truth, from which SAELens reads")
+    if given.merge:
+        result = merged(given.merge)
+        if given.judge:
+            judged(result["rows"], given.judge, given.save, given.truth, given.tokens)
+        publish(given.json, result)
+        return
     truth = the_truth(given.features, given.truth).to(given.device)
     rows = []
     for seed in given.seeds:
