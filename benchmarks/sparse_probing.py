@@ -33,6 +33,7 @@ from fipo.data.lm import LanguageModel
 from fipo.data.store import SHARD_TOKENS, ActivationStore, open_or_harvest
 from fipo.export import save_sae
 from fipo.files import read_json, write_json
+from fipo.provenance import git_revision
 from fipo.replay import replay
 from fipo.sae import SAE
 
@@ -158,6 +159,7 @@ def compare(mine: dict[str, Any], theirs: dict[str, Any], job: dict[str, Any]) -
         "name": "sparse_probing",
         "hardware": {"machine": platform.machine(), "processor": _processor(), "threads": job["threads"]},
         "versions": {"fipo_torch": torch.__version__, **theirs["versions"]},
+        "git_revision": git_revision(),
         "job": {**{key: value for key, value in job.items() if key != "store"}, "zeros_in_pooled_codes": mine["zeros"]},
         "rows": rows,
         "ratios": ratios,
