@@ -12,7 +12,6 @@ Accuracies side by side are of the same draws: after its clock has stopped, ours
 
 import argparse
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from fipo.data.lm import LanguageModel
 from fipo.data.store import SHARD_TOKENS, ActivationStore, open_or_harvest
 from fipo.export import save_sae
 from fipo.files import read_json, write_json
-from fipo.provenance import git_revision
+from fipo.provenance import git_revision, hardware
 from fipo.replay import replay
 from fipo.sae import SAE
 
@@ -157,7 +156,7 @@ def compare(mine: dict[str, Any], theirs: dict[str, Any], job: dict[str, Any]) -
         }
     return {
         "name": "sparse_probing",
-        "hardware": {"machine": platform.machine(), "processor": _processor(), "threads": job["threads"]},
+        "hardware": {**hardware("cpu"), "threads": job["threads"]},
         "versions": {"fipo_torch": torch.__version__, **theirs["versions"]},
         "git_revision": git_revision(),
         "job": {**{key: value for key, value in job.items() if key != "store"}, "zeros_in_pooled_codes": mine["zeros"]},
@@ -169,14 +168,6 @@ def compare(mine: dict[str, Any], theirs: dict[str, Any], job: dict[str, Any]) -
 def mean(values: list[float]) -> float:
     """Arithmetic mean."""
     return sum(values) / len(values)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
 
 
 def main() -> None:

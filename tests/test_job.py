@@ -31,7 +31,8 @@ from fipo.signals import Interrupted
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 QUICK = {"log_every": 5, "checkpoint_every": 15, "checkpoint_share": 1e9}
 FINAL_KEYS = (
-    "training_steps final_loss layer dict_size learning_rate sparsity_penalty held_out_fvu held_out_l0 held_out_tokens "
+    "training_steps final_loss layer dict_size architecture k learning_rate sparsity_penalty held_out_fvu held_out_l0 "
+    "held_out_tokens "
     "dead_share mean_max_cosine eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics "
     "eval_result_details sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict "
     "eval_result_unstructured eval_result_datasets eval_result_controls eval_result_statistics run workload seed "
