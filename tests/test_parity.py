@@ -69,7 +69,8 @@ def test_probe_sets_are_drawn_bit_for_bit():
 @pytest.mark.parametrize("who", ["llm", "sae"])
 @pytest.mark.parametrize("name", DATASETS)
 def test_chosen_latents_and_the_accuracy_on_them(pooled, name, who):
-    rows = list(check.check_chosen(FIXTURE["job"], name, who, pooled[name][who], FIXTURE[f"chosen/{name}/{who}"]))
+    features_NF, expected = pooled[name][who], FIXTURE[f"chosen/{name}/{who}"]
+    rows = list(check.check_chosen(FIXTURE["job"], name, who, features_NF, features_NF, expected))
     assert len(rows) == 3 and not failures(rows)
 
 
