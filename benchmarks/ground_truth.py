@@ -64,18 +64,9 @@ SHOWN = ("mcc", "f1", "precision", "recall", "explained_variance", "absorption",
 SHOWN += ("mean_max_cosine", "dead_share", "l0", "ms_per_step")
 
 
-def config_of(
-    method: dict[str, Any],
-    truth: SyntheticModel,
-    k: int,
-    steps: int,
-    rate: float,
-    seed: int,
-    latents: int | None = None,
-) -> RunConfig:
-    """The run of a method: a quarter as many latents as features unless said otherwise, batches of 1,024 tokens."""
+def config_of(method: dict[str, Any], latents: int, k: int, steps: int, rate: float, seed: int) -> RunConfig:
+    """The run of a method in batches of 1,024 tokens."""
     method = dict(method)
-    latents = latents or len(truth.mean_G) // 4
     workload = Workload(
         name="synthetic",
         model="none",
@@ -121,7 +112,8 @@ def evaluate(state: TrainState, truth: SyntheticModel, tokens: int, device: str 
 def run(names: Sequence[str], seed: int, truth: SyntheticModel, given: argparse.Namespace) -> Iterator[Row]:
     """The rows of one seed, at every k; all train in step."""
     pairs = [(name, k) for k in given.k for name in names]
-    configs = [config_of(METHODS[name], truth, k, given.steps, given.rate, seed) for name, k in pairs]
+    latents = len(truth.mean_G) // 4
+    configs = [config_of(METHODS[name], latents, k, given.steps, given.rate, seed) for name, k in pairs]
     for (name, k), (state, seconds) in zip(pairs, train(configs, truth, given.device), strict=True):
         if given.save:
             beside = {"importance_F": state.importance.values()}

@@ -58,7 +58,7 @@ def omega_of_all(dec_FD: Tensor, sigma_F: Tensor) -> float:
 
 def trained(truth: SyntheticModel, latents: int, k: int, steps: int, seed: int) -> dict[str, TrainState]:
     """A state of every way, trained in step on the same tokens."""
-    configs = {way: config_of(parts, truth, k, steps, 3e-3, seed, latents) for way, parts in WAYS.items()}
+    configs = {way: config_of(parts, latents, k, steps, 3e-3, seed) for way, parts in WAYS.items()}
     first_BD = truth.sample(20_000, generator_for(seed, "statistics")).acts_BD
     mean_LD, scale_L = mean_and_scale(first_BD[:, None])
     states = {way: build_state(config, 0, mean_LD[0], scale_L[0].item()) for way, config in configs.items()}

@@ -40,6 +40,11 @@ class Activation(nn.Module):
     def observe(self, codes: Codes | Tensor) -> None:
         """Learn from one training batch's codes what inference needs; called by the training step alone."""
 
+    def shortage(self) -> float:
+        """How short the budget of active latents is, from 0 (nothing of weight is cut off) to 1; 0 without a budget,
+        or where it is not known."""
+        return 0.0
+
 
 def ordered(values: Tensor) -> Tensor:
     """Numbers that are ordered as the positive `values` are, and below them where these are not: of bfloat16 its bits,
@@ -110,20 +115,21 @@ class TopK(Activation):
 class BatchTopK(Activation):
     """The k·B largest positive pre-activations of a batch in training; those above `threshold` in evaluation.
 
-    Ties at the boundary are all kept. `threshold` is the bias-corrected EMA of the smallest code that was kept, moved
-    only by `observe`.
+    Ties at the boundary are all kept. `threshold` is the bias-corrected EMA of the smallest code that was kept, `mean`
+    that of the mean one; both are moved only by `observe`.
     """
 
     sparse = True
     threshold: Tensor
+    mean: Tensor
     _weight: Tensor
 
     def __init__(self, k: int, decay: float = 0.99) -> None:
         super().__init__()
         self.k = k
         self.decay = decay
-        self.register_buffer("threshold", torch.zeros(()))
-        self.register_buffer("_weight", torch.zeros(()))
+        for name in ("threshold", "mean", "_weight"):
+            self.register_buffer(name, torch.zeros(()))
 
     def forward(self, pre_BF: Tensor, *, as_pairs: bool = False, k: int | None = None) -> Codes | Tensor:
         """Codes [B, F], or their pairs without a gradient."""
@@ -167,10 +173,16 @@ class BatchTopK(Activation):
     def observe(self, codes: Codes | Tensor) -> None:
         """Let the inference threshold learn from one training batch's codes."""
         kept = positive(codes)
-        smallest = kept.min().float() if kept.numel() else self.threshold.new_zeros(())
-        mean = self.threshold * self._weight
+        none = self.threshold.new_zeros(())
+        new_2 = torch.stack([kept.min().float(), kept.float().mean()]) if kept.numel() else torch.stack([none, none])
+        sums_2 = self.decay * self._weight * torch.stack([self.threshold, self.mean]) + (1 - self.decay) * new_2
         self._weight.copy_(self.decay * self._weight + (1 - self.decay))
-        self.threshold.copy_((self.decay * mean + (1 - self.decay) * smallest) / self._weight)
+        self.threshold.copy_(sums_2[0] / self._weight)
+        self.mean.copy_(sums_2[1] / self._weight)
+
+    def shortage(self) -> float:
+        """The smallest code kept over the mean one, on average: how much a token lost with the next code."""
+        return (self.threshold / self.mean.clamp_min(1e-12)).item()
 
 
 class _Step(torch.autograd.Function):

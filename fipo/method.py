@@ -109,12 +109,15 @@ class Levels:
 
     order: Literal["fixed", "importance"] = "importance"
     """By index (Matryoshka) or by σ, largest first."""
-    shares: tuple[float, ...] = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
+    shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
     """Share of the dictionary in the first m levels; increasing, the last one is 1."""
     stop_gradient: float = 0.5
     """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
     rise: float = 0.8
     """Share of the steps over which s rises from 0: latents must first be found, by every level's gradient."""
+    short: tuple[float, ...] = (0.4, 0.5)
+    """Smallest code kept over the mean one (`BatchTopK.shortage`) up to which s is whole, and from which it is 0: where
+    codes as good as those kept are cut off, a level that learns only what is left wastes its share of the budget."""
     plain: float = 0.0
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
     decoder_only: float = 0.0
@@ -124,6 +127,8 @@ class Levels:
         rising = all(a < b for a, b in zip((0.0, *self.shares), self.shares, strict=False))
         require(rising and self.shares[-1:] == (1.0,), "levels.shares", self.shares, "rising shares that end in 1.0")
         require(0 <= self.stop_gradient <= 1, "levels.stop_gradient", self.stop_gradient, "a strength from 0 to 1")
+        bounds = len(self.short) == 2 and 0 <= self.short[0] < self.short[1]
+        require(bounds, "levels.short", self.short, "two rising numbers, such as [0.4, 0.5] or, for always, [1, 2]")
         require(0 <= self.rise <= 1, "levels.rise", self.rise, "a share from 0 to 1")
         require(0 <= self.plain <= 1, "levels.plain", self.plain, "a weight from 0 to 1")
         require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")

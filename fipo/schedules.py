@@ -26,11 +26,13 @@ def penalty_share(config: RunConfig, step: int) -> float:
     return min(1.0, (step + 1) / max(1.0, config.optimiser.penalty_warmup * config.workload.steps))
 
 
-def stop_gradient(config: RunConfig, step: int) -> float:
-    """s of the levels: rises from 0 to its full strength over their `rise`."""
+def stop_gradient(config: RunConfig, step: int, shortage: float = 0.0) -> float:
+    """s of the levels: rises from 0 to its full strength over their `rise`, as far as the budget is not short."""
     levels = config.levels
     assert levels is not None
-    return levels.stop_gradient * min(1.0, (step + 1) / max(1.0, levels.rise * config.workload.steps))
+    first, last = levels.short
+    spare = min(1.0, max(0.0, (last - shortage) / (last - first)))
+    return levels.stop_gradient * spare * min(1.0, (step + 1) / max(1.0, levels.rise * config.workload.steps))
 
 
 def decoder_only(config: RunConfig, step: int) -> bool:

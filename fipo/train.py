@@ -186,7 +186,7 @@ def loss_terms(
         parts_BMD, held, plain = decode(codes, sae.dec_FD)[:, None], 0.0, 0.0
     else:
         parts_BMD = decode_levels(codes, sae.dec_FD, latent_levels(state), len(config.levels.shares))
-        held, plain = stop_gradient(config, state.step), config.levels.plain
+        held, plain = stop_gradient(config, state.step, sae.activation.shortage()), config.levels.plain
     reconstruction, x_hat_BD = objective.nested_error(parts_BMD, sae.dec_bias_D, x_BD, held, plain)
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
     if not frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):

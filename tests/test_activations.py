@@ -87,15 +87,27 @@ def test_batchtopk_keeps_all_ties_and_nothing_negative():
     assert not BatchTopK(2)(-pre_codes().abs()).any()
 
 
-def test_batchtopk_threshold_is_the_bias_corrected_ema_of_the_smallest_code():
-    activation, smallest = BatchTopK(2, decay=0.9), []
+def test_batchtopk_threshold_and_mean_are_bias_corrected_emas_of_the_smallest_and_the_mean_code():
+    activation, smallest, means = BatchTopK(2, decay=0.9), [], []
     for seed in range(6):
         codes_BF = activation(pre_codes(seed))
         smallest.append(codes_BF[codes_BF > 0].min().item())
+        means.append(codes_BF[codes_BF > 0].mean().item())
         activation.observe(codes_BF)
         weights = [0.9 ** (len(smallest) - 1 - age) for age in range(len(smallest))]
-        expected = sum(w * s for w, s in zip(weights, smallest, strict=True)) / sum(weights)
-        assert activation.threshold.item() == pytest.approx(expected, rel=1e-5)
+        for found, values in ((activation.threshold, smallest), (activation.mean, means)):
+            expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+            assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_shortage_is_the_smallest_code_over_the_mean_one():
+    """Of equal codes it is 1; before any code, and of activations without a budget, 0."""
+    activation = BatchTopK(2)
+    assert activation.shortage() == 0 == ReLU().shortage()
+    activation.observe(torch.tensor([[0.0, 0.5], [1.5, 0.0]]))
+    assert activation.shortage() == pytest.approx(0.5)
+    activation.observe(torch.zeros(2, 2))
+    assert activation.shortage() == pytest.approx(0.5)
 
 
 def test_batchtopk_constant_boundary_is_the_threshold_from_the_first_step():

@@ -40,7 +40,7 @@ def test_every_method_gives_a_row_and_a_saved_sae(bench, tmp_path, monkeypatch, 
 
 def test_methods_of_a_seed_see_the_same_tokens_whoever_trains_beside_them(bench):
     truth = build(Truth(features=64, width=16), toys.seeded())
-    configs = [bench.config_of(bench.METHODS[name], truth, 3, 3, 1e-3, 1) for name in ("fipo", "matryoshka")]
+    configs = [bench.config_of(bench.METHODS[name], 16, 3, 3, 1e-3, 1) for name in ("fipo", "matryoshka")]
     (beside, _), _ = bench.train(configs, truth, "cpu")
     ((alone, _),) = bench.train(configs[:1], truth, "cpu")
     assert torch.equal(beside.sae.dec_FD, alone.sae.dec_FD)

@@ -400,6 +400,25 @@ def test_the_stop_gradient_rises_to_its_strength():
     assert [stop_gradient(at_once, step) for step in (0, 1)] == [0.5, 0.5]
 
 
+def test_the_stop_gradient_is_whole_only_where_the_budget_is_not_short():
+    config = toys.run_config("run_6", steps=20, levels=Levels(stop_gradient=0.8, rise=0.0, short=(0.25, 0.75)))
+    found = [stop_gradient(config, 0, shortage) for shortage in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert found == [0.8, 0.8, 0.4, 0.0, 0.0]
+
+
+def test_the_step_lets_the_shortage_of_its_activation_decide(monkeypatch):
+    """With the smallest code as large as the mean one nothing is held; with a far smaller one all of s is."""
+    seen = []
+    nested = objective.nested_error
+    monkeypatch.setattr(objective, "nested_error", lambda *given: seen.append(given[3]) or nested(*given))
+    for threshold in (0.1, 1.0):
+        state = toys.fresh(toys.run_config("run_6", levels=Levels(stop_gradient=0.5, rise=0.0)))
+        state.sae.activation.threshold.fill_(threshold)
+        state.sae.activation.mean.fill_(1.0)
+        run(state, toys.activations(1))
+    assert seen == [0.5, 0.0]
+
+
 def test_decoder_only_is_the_last_share_of_the_steps():
     config = toys.run_config("run_6", steps=20, levels=Levels(decoder_only=0.25))
     assert [decoder_only(config, step) for step in range(20)] == [False] * 15 + [True] * 5

@@ -48,7 +48,11 @@ def run_config(name: str, steps: int = 12, **changes: Any) -> RunConfig:
         "run_0": {},
         "run_3": trackers,
         "run_6": trackers
-        | {"architecture": "batchtopk", "aux_weight": 0.03, "levels": Levels(shares=(0.25, 0.5, 1.0))},
+        | {
+            "architecture": "batchtopk",
+            "aux_weight": 0.03,
+            "levels": Levels(shares=(0.25, 0.5, 1.0), short=(0.0, 1.0)),
+        },
         "jumprelu": {"architecture": "jumprelu"},
         "topk": {"architecture": "topk"},
     }

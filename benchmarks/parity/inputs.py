@@ -13,8 +13,11 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from benchmarks.ground_truth import METHODS, config_of
 from fipo.activations import ReLU
+from fipo.data.prepare import statistics
 from fipo.sae import SAE
+from fipo.train import build_state, train_step
 
 TRAIN, TEST, SEED = 40, 20, 42
 """Texts a class and seed of the eight datasets."""
@@ -143,3 +146,14 @@ def planted_sae(width: int, latents: int, seed: int) -> SAE:
         sae.enc_bias_F.copy_(torch.randint(-128, 1, (latents,), generator=generator) / 128)
         sae.mean_D.copy_(torch.randint(-64, 65, (width,), generator=generator) / 256)
     return sae.eval()
+
+
+def trained_sae(acts_ND: Tensor, latents: int = 1024, k: int = 16, steps: int = 200) -> SAE:
+    """A small SAE of ours, trained on these activations by all parts of the method; it has a threshold."""
+    mean_LD, scale_L = statistics(acts_ND[:, None])
+    config = config_of(METHODS["fipo"], latents, k, steps, 3e-3, SEED)
+    state = build_state(config, 0, mean_LD[0], scale_L[0].item())
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(steps):
+        train_step(state, acts_ND[torch.randint(len(acts_ND), (config.workload.batch_tokens,), generator=generator)])
+    return state.sae.eval()
