@@ -1,0 +1,75 @@
+"""Where does a cold run spend its time?
+
+    python -m benchmarks.profile_run --json OUT.json [--run run_6] [--workload minilm]
+
+Runs the experiment once, with an empty cache, under `cProfile`, and adds up the functions that do the work; none of
+those named here calls another. What is wanted of a run is the language model's forward pass, the products of the SAE
+and the probing fits: `ratios.wanted_share` is their share of the whole.
+"""
+
+import cProfile
+import os
+import pstats
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.common import arguments, publish
+from fipo import job
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+WANTED = {
+    "LM forward": ["lm.py:activations"],
+    "SAE: encoder product": ["sae.py:pre_codes"],
+    "SAE: sparse products (decode, gradients, Ω)": ["sparse.py:sum_rows", "sparse.py:row_products"],
+    "probing: product of the screen": ["screen.py:_left"],
+    "probing: selection and fits": ["probing.py:sparse_answers", "probing.py:full_accuracies"],
+}
+OTHER = {
+    "step: search of the largest": ["activations.py:_kept", "activations.py:largest"],
+    "step: pairs sorted by latent": ["sparse.py:pairs"],
+    "step: levels": ["objective.py:forward"],
+    "step: candidate pairs": ["train.py:refresh_pairs"],
+    "step: reservoir and revival": ["train.py:revive_dead"],
+    "step: optimiser": ["adam.py:step", "sae.py:normalise_decoder", "sae.py:project_decoder_gradient"],
+    "shuffle buffer": ["buffer.py:next_batch"],
+    "checkpoints": ["loop.py:save"],
+    "tokenising": ["lm.py:token_rows", "tokenization_utils_base.py:__call__"],
+    "set-up: model, texts, imports": ["lm.py:__init__", "labelled.py:load_labelled"],
+    "picture and tables": ["job.py:finish"],
+}
+
+
+def seconds_of(profile: cProfile.Profile, names: list[str]) -> float:
+    """Seconds in these functions, `file:function`, and all that they call."""
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    return sum(
+        found[3]
+        for (file, _line, function), found in stats.items()
+        if f"{Path(file).name}:{function}" in names and ("fipo" in file or "torch" in file or "transformers" in file)
+    )
+
+
+def main() -> None:
+    """Run, add up and publish."""
+    given = arguments(__doc__, run="run_6", workload="minilm")
+    profile = cProfile.Profile()
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ |= {"FIPO_CACHE": f"{temporary}/cache", "FIPO_WORKLOAD": given.workload}
+        started = time.perf_counter()
+        profile.runcall(job.run, Path(temporary) / given.run, EXPERIMENTS)
+        whole = time.perf_counter() - started
+    rows, wanted = [], 0.0
+    for parts, is_wanted in ((WANTED, True), (OTHER, False)):
+        for part, names in parts.items():
+            seconds = seconds_of(profile, names)
+            wanted += seconds if is_wanted else 0.0
+            rows.append({"part": part, "seconds": seconds, "share": seconds / whole, "wanted": is_wanted})
+    rest = whole - sum(row["seconds"] for row in rows)
+    rows.append({"part": "everything else", "seconds": rest, "share": rest / whole, "wanted": False})
+    rows.append({"part": "all", "seconds": whole, "share": 1.0, "wanted": None})
+    publish("profile_run", rows, {"wanted_share": wanted / whole}, given.json, vars(given) | {"json": None})
+
+
+if __name__ == "__main__":
+    main()
