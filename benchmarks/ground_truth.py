@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "jumprelu": {"architecture": "jumprelu", "sparsity": 0.015},
     "batchtopk": {},
     "frozen": {"frozen_decoder": True},
-    "ortsae": {"penalty": Penalty(kind="ortsae", weight=0.1)},
+    "ortsae": {"penalty": Penalty(kind="ortsae", weight=0.1, every=1)},
     "omega": PARTS,
     "matryoshka": {"levels": MATRYOSHKA},
     "levels": {"importance": Importance(), "levels": Levels()},

@@ -64,6 +64,7 @@ def candidate_pairs(
 ) -> Tensor:
     """Pairs [P, 2] of unit rows with cosine >= `min_cosine` that met in a bucket of one of the tables.
 
+    Under `autocast` the rows of a queue are compared in bfloat16 and what is near `min_cosine` once more in float32.
     Sorted, i < j, none twice. Where a bucket has no room for all its rows, `collision_probability` overstates.
 
     `held_P2`: pairs found earlier, which compete with the new ones; a pair that one draw of planes misses is then
@@ -75,34 +76,36 @@ def candidate_pairs(
     planes_DTS = torch.randn(width, tables, bits, generator=generator, device=generator.device).to(unit_FD.device)
     buckets_FT = bucket_numbers(unit_FD, planes_DTS, autocast)
     numbers_F = torch.arange(latents, device=unit_FD.device)
+    compared_FD = unit_FD.bfloat16() if autocast else unit_FD
+    least = min_cosine - 2**-7 if autocast else min_cosine
     found = []
     if held_P2 is not None:
-        still_P = _cosines(unit_FD, held_P2) >= min_cosine
-        found.append(held_P2[still_P, 0] * latents + held_P2[still_P, 1])
+        found.append(held_P2[:, 0] * latents + held_P2[:, 1])
     for table in range(tables):
         queues = BucketQueues(2**bits, capacity, device=unit_FD.device)
         queues.offer(buckets_FT[:, table], priority_F, numbers_F)
         held_QC = queues.items_QC
-        rows_QCD = unit_FD[held_QC.clamp_min(0)]
+        rows_QCD = compared_FD[held_QC.clamp_min(0)]
         cos_QCC = torch.bmm(rows_QCD, rows_QCD.mT)
         usable_QC = held_QC >= 0
-        close_QCC = (cos_QCC >= min_cosine) & usable_QC[:, :, None] & usable_QC[:, None, :]
+        close_QCC = (cos_QCC >= least) & usable_QC[:, :, None] & usable_QC[:, None, :]
         queue_N, left_N, right_N = close_QCC.triu(1).nonzero(as_tuple=True)
         first_N, second_N = held_QC[queue_N, left_N], held_QC[queue_N, right_N]
         found.append(torch.minimum(first_N, second_N) * latents + torch.maximum(first_N, second_N))
     codes_P = torch.cat(found).unique()
     pairs_P2 = torch.stack([codes_P // latents, codes_P % latents], dim=1)
-    if partners is not None:
-        pairs_P2 = pairs_P2[_closest(unit_FD, priority_F, pairs_P2, partners)]
-    return pairs_P2
+    cos_P = _cosines(unit_FD, pairs_P2)
+    close_P = cos_P >= min_cosine
+    pairs_P2, cos_P = pairs_P2[close_P], cos_P[close_P]
+    return pairs_P2 if partners is None else pairs_P2[_closest(cos_P, priority_F, pairs_P2, partners)]
 
 
-def _closest(unit_FD: Tensor, priority_F: Tensor, pairs_P2: Tensor, partners: int) -> Tensor:
+def _closest(cos_P: Tensor, priority_F: Tensor, pairs_P2: Tensor, partners: int) -> Tensor:
     """Numbers, rising, of the pairs that are among the `partners` closest of their row of lower priority."""
     first_P, second_P = pairs_P2.unbind(1)
     lower_P = torch.where(priority_F[second_P] > priority_F[first_P], first_P, second_P)
-    queues = BucketQueues(unit_FD.shape[0], partners, device=unit_FD.device)
-    queues.offer(lower_P, _cosines(unit_FD, pairs_P2), torch.arange(pairs_P2.shape[0], device=unit_FD.device))
+    queues = BucketQueues(priority_F.shape[0], partners, device=cos_P.device)
+    queues.offer(lower_P, cos_P, torch.arange(pairs_P2.shape[0], device=cos_P.device))
     return queues.items_QC[queues.items_QC >= 0].sort().values
 
 

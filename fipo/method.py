@@ -51,14 +51,14 @@ class Reservoir:
 class LSH:
     """Candidate pairs of similar decoder rows by sign random projections (METHOD section 3)."""
 
-    tables: int = 16
+    tables: int = 8
     """T, hash tables."""
     bits: int | None = None
     """S, sign bits a table; 2^S buckets. null: as many as leave half a queue's capacity or more a bucket. 0, with one
     table and a capacity of F, compares all pairs."""
     capacity: int = 128
     """C, latents of highest importance that a bucket keeps."""
-    min_cosine: float = 0.2
+    min_cosine: float = 0.1
     """Pairs below this cosine are not candidates."""
     partners: int | None = 2
     """Candidates kept a latent, the closest ones of higher importance; null keeps all."""
@@ -86,8 +86,11 @@ class Penalty:
 
     kind: Literal["prioritised", "ortsae"] = "prioritised"
     """Ω over the pairs that LSH finds, or OrtSAE's: every row's largest cosine in a random chunk of the dictionary."""
-    weight: float = 0.1
+    weight: float = 0.05
     """λ_o."""
+    every: int = 5
+    """Ω is a term of every n-th step alone, with n times its weight (lazy regularisation, Karras et al. 2020, arXiv
+    1912.04958, appendix B): directions change slowly."""
     estimator: Literal["max", "sum", "unbiased"] = "max"
     """Over a latent's candidates: the worst one, all of them, or all weighted by one over their collision chance."""
     yields: Literal["less_important", "both"] = "less_important"
@@ -99,6 +102,7 @@ class Penalty:
 
     def __post_init__(self) -> None:
         require(self.weight >= 0, "penalty.weight", self.weight, "zero or more")
+        require(self.every > 0, "penalty.every", self.every, "a positive number of steps")
         require(0 <= self.margin < 1, "penalty.margin", self.margin, "a cosine from 0 to below 1")
         require(self.chunk > 1, "penalty.chunk", self.chunk, "at least 2 rows")
 

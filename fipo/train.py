@@ -196,8 +196,9 @@ def loss_terms(
         auxiliary = config.aux_weight * objective.auxiliary(
             x_BD - x_hat_BD, sae.pre_codes(x_BD, dead_N), sae.dec_FD[dead_N], max(1, sae.d_in // 2)
         )
-    if config.penalty is not None:
-        orthogonality = config.penalty.weight * share * decoder_penalty(state, config.penalty)
+    if config.penalty is not None and (state.step + 1) % config.penalty.every == 0:
+        weight = config.penalty.every * config.penalty.weight
+        orthogonality = weight * share * decoder_penalty(state, config.penalty)
     return Terms(reconstruction, sparsity, auxiliary, orthogonality), x_hat_BD
 
 

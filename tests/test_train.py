@@ -315,8 +315,24 @@ def test_loss_and_gradients_equal_those_of_saelens(name):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), parameter
 
 
+def test_a_penalty_of_every_third_step_has_three_times_its_weight():
+    """The sum over three steps of frozen weights is that of a penalty of every step."""
+    sums = {}
+    for every in (1, 3):
+        state = toys.fresh(toys.run_config("run_3", penalty=Penalty(weight=0.3, every=every)))
+        state.config = replace(state.config, optimiser=Optimiser(autocast=False, penalty_warmup=0.0))
+        state.pairs_P2 = torch.combinations(torch.arange(toys.LATENTS))
+        x_BD, terms = state.sae.standardise(toys.activations(1)[0]), []
+        for state.step in (3, 4, 5):
+            pre_BF, codes = state.sae.training_codes(x_BD, 3)
+            terms.append(loss_terms(state, x_BD, pre_BF, codes, frozen=False)[0].orthogonality.item())
+        assert [term > 0 for term in terms] == [every == 1, every == 1, True]
+        sums[every] = sum(terms)
+    assert sums[3] == pytest.approx(sums[1])
+
+
 def test_ortsae_is_the_penalty_in_force():
-    state = toys.fresh(toys.run_config("topk", penalty=Penalty(kind="ortsae", weight=0.5, chunk=4)))
+    state = toys.fresh(toys.run_config("topk", penalty=Penalty(kind="ortsae", weight=0.5, chunk=4, every=1)))
     dec_FD = state.sae.dec_FD.detach().clone()
     order_F = torch.randperm(toys.LATENTS, generator=generator_for(42, "train", 0))
     expected = 0.5 * penalty_share(state.config, 0) * objective.chunked_orthogonality(dec_FD, order_F, 4)

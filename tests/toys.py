@@ -42,7 +42,7 @@ def run_config(name: str, steps: int = 12, **changes: Any) -> RunConfig:
         "importance": Importance(decay=0.9),
         "reservoir": Reservoir(slots=8, half_life_steps=5.0, revive_every=3),
         "lsh": LSH(tables=4, bits=2, capacity=8, min_cosine=0.0, refresh_every=5),
-        "penalty": Penalty(weight=0.3),
+        "penalty": Penalty(weight=0.3, every=1),
     }
     parts: dict[str, dict[str, Any]] = {
         "run_0": {},
