@@ -1,10 +1,12 @@
 """Several finished runs side by side, as Markdown made from their result files alone.
 
 Runs of one name, workload, sparsity and layer are seeds of one another: the table gives mean ± standard deviation over
-them. Below it the run given first is set against each other one, answer by answer, with 95 % bootstrap intervals. Reads
-run folders and the folders that `fipo probe --out` writes.
+them. Below it the run given first is set against each other one, answer by answer, with 95 % bootstrap intervals. They
+say what other texts would change, not what other SAEs would: that is in the standard error over trainings, of all seeds
+and layers that both have. Reads run folders and the folders that `fipo probe --out` writes.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -151,6 +153,10 @@ def differences(results: Sequence[Result]) -> list[str]:
                 if place == 0 or len(others) == 1:
                     cells = " | ".join(_shown(rows[k].get(name)) for k in COMPARED_KS)
                     lines.append(f"| {other} - {base} | {layer} | {name} | {cells} |")
+        by_k = {k: _by_training(results, base, other, k) for k in COMPARED_KS}
+        if len(by_k[COMPARED_KS[0]]) > 1:
+            cells = " | ".join(_over_trainings(by_k[k]) for k in COMPARED_KS)
+            lines.append(f"| {other} - {base} | all | all, over {len(by_k[COMPARED_KS[0]])} trainings | {cells} |")
     if not lines:
         return []
     heads = " | ".join(f"SAE top-{k}" for k in COMPARED_KS)
@@ -178,6 +184,20 @@ def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int
     }
     everything = [one for answers in found.values() for one in answers]
     return {"all": bootstrap(everything, generator_for(0, "bootstrap", layer, k))[1], **intervals}
+
+
+def _by_training(results: Sequence[Result], base: str, other: str, k: int) -> list[float]:
+    """Difference of the suites' accuracies for every seed and layer that both runs have."""
+    scores = {(r.run, r.seed, r.layer): overall_metrics(r.record)[f"sae_top_{k}_test_accuracy"] for r in results}
+    pairs = [(score, scores.get((base, *which))) for (run, *which), score in scores.items() if run == other]
+    return [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+
+
+def _over_trainings(differences: Sequence[float]) -> str:
+    if len(differences) < 2:
+        return "-"
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{statistics.fmean(differences):+.3f} ± {error:.3f}"
 
 
 def _shown(interval: Interval | None) -> str:

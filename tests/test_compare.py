@@ -12,11 +12,11 @@ from fipo.errors import UserError
 EVALUATED = {"dataset_names": ["a"], "k_values": [1]}
 
 
-def finished(folder, run, seed, fvu, **more):
+def finished(folder, run, seed, fvu, top_1=0.7, **more):
     metrics = {"llm": {}, "sae": {}}
     for k in (1, 5):
         metrics["llm"][f"llm_top_{k}_test_accuracy"] = 0.6
-        metrics["sae"][f"sae_top_{k}_test_accuracy"] = 0.7 if k == 1 else None
+        metrics["sae"][f"sae_top_{k}_test_accuracy"] = top_1 if k == 1 else None
     layer = {
         **{"held_out_fvu": fvu, "held_out_l0": 32.0, "dead_share": 0.01, "mean_max_cosine": 0.25},
         **{"layer": 3, "dict_size": 64, "training_steps": 40, "eval_config": EVALUATED},
@@ -77,6 +77,19 @@ def test_differences_are_from_the_run_given_first(tmp_path):
         save_tensors(folder / "layer_3" / "probing_outcomes.safetensors", answers)
     assert "| run_6 - run_8 | 3 | all | +0.000" in report(folders)
     assert "| run_8 - run_6 | 3 | all | +0.000" in report(folders[::-1])
+
+
+def test_over_trainings_the_spread_is_that_of_the_differences(tmp_path):
+    """Of seeds that both have; their common ups and downs cancel."""
+    values = {"run_8": (0.6, 0.7, 0.8), "run_6": (0.62, 0.71, 0.83)}
+    folders = [
+        finished(tmp_path / f"{run}_{seed}", run, seed, 0.3, top_1)
+        for run, of in values.items()
+        for seed, top_1 in enumerate(of)
+    ]
+    folders.append(finished(tmp_path / "alone", "run_6", 9, 0.3, 0.1))
+    assert "| run_6 - run_8 | all | all, over 3 trainings | +0.020 ± 0.006 | - |" in report(folders)
+    assert "trainings" not in report([folders[0], folders[3]])
 
 
 def test_an_unfinished_run_is_named(tmp_path):
