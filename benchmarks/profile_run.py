@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 
 from benchmarks.common import arguments, publish
-from fipo import job
+from fipo import job, runs
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+BACKWARD = "~:<method 'run_backward' of 'torch._C._EngineBase' objects>"
+"""The backward pass but for our own functions in it: of dense codes its products, of sparse ones what is left."""
 WANTED = {
     "LM forward": ["lm.py:activations"],
     "SAE: encoder product": ["sae.py:pre_codes"],
@@ -25,6 +27,8 @@ WANTED = {
     "probing: product of the screen": ["screen.py:_left"],
     "probing: selection and fits": ["probing.py:sparse_answers", "probing.py:full_accuracies"],
 }
+DENSE = {"SAE: dense decode": ["decoding.py:decode"], "SAE: dense backward": [BACKWARD]}
+SPARSE = {"step: rest of the backward pass": [BACKWARD]}
 OTHER = {
     "step: search of the largest": ["activations.py:_kept", "activations.py:largest"],
     "step: pairs sorted by latent": ["sparse.py:pairs"],
@@ -34,19 +38,19 @@ OTHER = {
     "step: optimiser": ["adam.py:step", "sae.py:normalise_decoder", "sae.py:project_decoder_gradient"],
     "shuffle buffer": ["buffer.py:next_batch"],
     "checkpoints": ["loop.py:save"],
-    "tokenising": ["lm.py:token_rows", "tokenization_utils_base.py:__call__"],
+    "tokenising": ["lm.py:token_rows"],
     "set-up: model, texts, imports": ["lm.py:__init__", "labelled.py:load_labelled"],
     "picture and tables": ["job.py:finish"],
 }
 
 
 def seconds_of(profile: cProfile.Profile, names: list[str]) -> float:
-    """Seconds in these functions, `file:function`, and all that they call."""
+    """Seconds in these functions, `file:function`, and all that they call; of one built in, its own alone."""
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     return sum(
-        found[3]
-        for (file, _line, function), found in stats.items()
-        if f"{Path(file).name}:{function}" in names and ("fipo" in file or "torch" in file or "transformers" in file)
+        own if file == "~" else whole
+        for (file, _line, function), (_, _, own, whole, _) in stats.items()
+        if f"{Path(file).name}:{function}" in names and (file == "~" or "fipo" in file or "torch" in file)
     )
 
 
@@ -56,11 +60,13 @@ def main() -> None:
     profile = cProfile.Profile()
     with tempfile.TemporaryDirectory() as temporary:
         os.environ |= {"FIPO_CACHE": f"{temporary}/cache", "FIPO_WORKLOAD": given.workload}
+        out_dir = Path(temporary) / given.run
+        dense = runs.resolve(out_dir, EXPERIMENTS).architecture in ("relu", "jumprelu")
         started = time.perf_counter()
-        profile.runcall(job.run, Path(temporary) / given.run, EXPERIMENTS)
+        profile.runcall(job.run, out_dir, EXPERIMENTS)
         whole = time.perf_counter() - started
     rows, wanted = [], 0.0
-    for parts, is_wanted in ((WANTED, True), (OTHER, False)):
+    for parts, is_wanted in ((WANTED | (DENSE if dense else {}), True), (OTHER | ({} if dense else SPARSE), False)):
         for part, names in parts.items():
             seconds = seconds_of(profile, names)
             wanted += seconds if is_wanted else 0.0

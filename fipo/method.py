@@ -86,7 +86,7 @@ class Penalty:
 
     kind: Literal["prioritised", "ortsae"] = "prioritised"
     """Ω over the pairs that LSH finds, or OrtSAE's: every row's largest cosine in a random chunk of the dictionary."""
-    weight: float = 0.05
+    weight: float = 0.02
     """λ_o."""
     every: int = 5
     """Ω is a term of every n-th step alone, with n times its weight (lazy regularisation, Karras et al. 2020, arXiv
