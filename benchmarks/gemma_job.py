@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.our_step import MEAN_K, make_families, whole_method
 from fipo import controls
-from fipo.config import LSH, Probing, Reservoir, RunConfig, Workload
+from fipo.config import LSH, Penalty, Probing, Reservoir, RunConfig, Workload
 from fipo.data.buffer import LiveSource, ShuffleBuffer
 from fipo.data.harvest import harvest
 from fipo.data.labelled import LabelledText
@@ -129,7 +129,13 @@ def now(device: str) -> float:
 def run_config(workload: Workload) -> RunConfig:
     """Our method as a run has it, at the mean of the falling k: refreshes and revivals fall where they fall."""
     workload = replace(workload, k=round(MEAN_K * workload.k))
-    return whole_method("batchtopk", workload, refresh_every=LSH().refresh_every, revive_every=Reservoir().revive_every)
+    return whole_method(
+        "batchtopk",
+        workload,
+        refresh_every=LSH().refresh_every,
+        revive_every=Reservoir().revive_every,
+        penalty_every=Penalty().every,
+    )
 
 
 def slice_texts(job: Job) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fipo.config import LSH, Importance, Levels, Optimiser, Penalty, Probing, Reservoir, RunConfig, Text, Workload
-from fipo.train import TrainState, build_state, refresh_pairs, train_step
+from fipo.train import TrainState, build_state, decoder_penalty, refresh_pairs, train_step
 
 Shape = tuple[int, int, int, int]
 
@@ -27,7 +27,9 @@ NEVER = 100_000
 """Steps between what is not to fall into a timed step."""
 
 
-def whole_method(architecture: str, workload: Workload, *, refresh_every: int, revive_every: int) -> RunConfig:
+def whole_method(
+    architecture: str, workload: Workload, *, refresh_every: int, revive_every: int, penalty_every: int
+) -> RunConfig:
     """Every part of the method, at the workload's k throughout."""
     return RunConfig(
         run="benchmark",
@@ -38,7 +40,7 @@ def whole_method(architecture: str, workload: Workload, *, refresh_every: int, r
         reservoir=Reservoir(revive_every=revive_every),
         lsh=LSH(refresh_every=refresh_every),
         optimiser=Optimiser(k_start=1.0),
-        penalty=Penalty(),
+        penalty=Penalty(every=penalty_every),
         levels=Levels(),
     )
 
@@ -59,7 +61,7 @@ def fresh_state(architecture: str, shape: Shape, sparse: bool, device: str) -> T
         train_tokens=batch * NEVER,
         dead_tokens=10_000_000,
     )
-    config = whole_method(architecture, workload, refresh_every=NEVER, revive_every=NEVER)
+    config = whole_method(architecture, workload, refresh_every=NEVER, revive_every=NEVER, penalty_every=NEVER)
     state = build_state(config, 0, torch.zeros(width), 1.0, device)
     state.sae.activation.sparse = sparse
     make_families(state)
@@ -84,28 +86,36 @@ def gaussian(shape: Shape, device: str) -> list[Tensor]:
     return [torch.randn(shape[2], shape[0], generator=generator).to(device) for _ in range(4)]
 
 
-def refresher(state: TrainState) -> Callable[[], None]:
-    """The refresh of the candidate pairs that falls into one step of `refresh_every`."""
+def occasional(state: TrainState) -> dict[str, tuple[Callable[[], object], int]]:
+    """What a step does not always do, and every how many steps it does: a refresh of the candidate pairs, and Ω with
+    its gradient, added to the decoder's."""
+    assert state.config.penalty is not None
+    penalty, grad_FD = state.config.penalty, torch.zeros_like(state.sae.dec_FD)
 
     def refresh() -> None:
         step, state.step = state.step, 0
         refresh_pairs(state)
         state.step = step
 
-    return refresh
+    def omega() -> None:
+        grad_FD.add_(torch.autograd.grad(decoder_penalty(state, penalty), state.sae.dec_FD)[0])
+
+    return {"refresh": (refresh, LSH().refresh_every), "omega": (omega, Penalty().every)}
 
 
 def stepper(architecture: str, shape: Shape, sparse: bool, device: str) -> Callable[[Tensor], float]:
-    """One step a call, between refreshes of the pairs; returns the seconds of a refresh that fall to each step."""
+    """One step a call without what it does not always do; returns the seconds of that which fall to each step."""
     state = fresh_state(architecture, shape, sparse, device)
-    refresh, times = refresher(state), []
-    for _ in range(3):
-        started = time.perf_counter()
-        refresh()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    share = statistics.median(times) / LSH().refresh_every
+    share = 0.0
+    for work, every in occasional(state).values():
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        share += statistics.median(times) / every
 
     def step(acts_BD: Tensor) -> float:
         train_step(state, acts_BD)

@@ -15,6 +15,7 @@ from the smallest F to the largest, over the growth of the encoder's bfloat16 pr
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,14 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.common import arguments, as_found, interleaved, publish
-from benchmarks.our_step import Shape, fresh_state, gaussian, refresher
+from benchmarks.our_step import Shape, fresh_state, gaussian, occasional
 from benchmarks.trainer_process import DEVICE, SETTINGS
 from fipo import objective
-from fipo.config import LSH
-from fipo.train import decoder_penalty, train_step
+from fipo.train import train_step
 
 SHAPES: dict[str, Shape] = {"minilm": (384, 3072, 4096, 32), "16k": (768, 16_384, 2048, 32)}
 RIVALS = ("saelens", "dictionary_learning", "sparsify")
@@ -161,28 +160,29 @@ def compared(rows: list[Row], architecture: str, name: str) -> dict[str, float]:
 def penalty_rows(shape: Shape, rounds: int) -> tuple[list[Row], dict[str, float]]:
     """Share of the step that Ω by LSH pairs takes, beside OrtSAE's chunks and the whole Gram matrix."""
     state, acts = fresh_state("batchtopk", shape, True, DEVICE), gaussian(shape, DEVICE)
-    dec_FD, refresh_every = state.sae.dec_FD, LSH().refresh_every
+    dec_FD, grad_FD = state.sae.dec_FD, torch.zeros_like(state.sae.dec_FD)
     order_F = torch.arange(shape[1], device=DEVICE)
 
-    def gradient(penalty: Callable[[], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(penalty(), dec_FD)
+    def ortsae(chunk: int) -> Callable[[], object]:
+        return lambda: grad_FD.add_(
+            torch.autograd.grad(objective.chunked_orthogonality(dec_FD, order_F, chunk), dec_FD)[0]
+        )
 
-    refresh = refresher(state)
+    (refresh, refresh_every), (omega, every) = occasional(state).values()
     refresh()
-    assert state.config.penalty is not None
     seconds = interleaved(
         {
             "step": lambda: train_step(state, acts[state.step % 4]),
-            "pairs": gradient(lambda: decoder_penalty(state, state.config.penalty)),  # type: ignore[arg-type]
+            "omega": omega,
             "refresh": refresh,
-            "chunks": gradient(lambda: objective.chunked_orthogonality(dec_FD, order_F, 8192)),
+            "chunks": ortsae(8192),
         },
         rounds,
     )
-    gram = interleaved({"gram": gradient(lambda: objective.chunked_orthogonality(dec_FD, order_F, shape[1]))}, 1)
-    plain = seconds["step"] - seconds["pairs"]
+    gram = interleaved({"gram": ortsae(shape[1])}, 1)
+    pairs = f"Ω, LSH pairs, every {every} steps, refreshed every {refresh_every}"
     costs = {
-        f"Ω, LSH pairs, refreshed every {refresh_every} steps": (seconds["pairs"], seconds["refresh"] / refresh_every),
+        pairs: (seconds["omega"] / every, seconds["refresh"] / refresh_every),
         "OrtSAE, chunks of 8,192": (seconds["chunks"], 0.0),
         "OrtSAE's penalty on the whole Gram matrix": (gram["gram"], 0.0),
     }
@@ -190,9 +190,9 @@ def penalty_rows(shape: Shape, rounds: int) -> tuple[list[Row], dict[str, float]
     rows = [
         {
             "penalty": f"{name}; {what}",
-            "gradient ms": 1000 * own,
+            "gradient ms a step": 1000 * own,
             "refresh ms a step": 1000 * refreshed,
-            "share of step": (own + refreshed) / (own + refreshed + plain),
+            "share of step": (own + refreshed) / (own + refreshed + seconds["step"]),
         }
         for name, (own, refreshed) in costs.items()
     ]
@@ -203,7 +203,7 @@ def penalty_rows(shape: Shape, rounds: int) -> tuple[list[Row], dict[str, float]
 def growth_rows(
     sizes: tuple[int, ...], rounds: int, width: int = 768, batch: int = 1024, k: int = 32
 ) -> tuple[list[Row], dict[str, float]]:
-    """Our step, with its share of a refresh, and the encoder's bfloat16 product alone, as F grows."""
+    """Our step, with its share of a refresh and of Ω, and the encoder's bfloat16 product alone, as F grows."""
     jobs: dict[str, Callable[[], object]] = {}
     acts = gaussian((width, 0, batch, k), DEVICE)
     low_BD = acts[0].bfloat16()
@@ -211,18 +211,19 @@ def growth_rows(
         state = fresh_state("batchtopk", (width, latents, batch, k), True, DEVICE)
         low_DF = state.sae.enc_DF.detach().bfloat16()
         jobs[f"step {latents}"] = lambda state=state: train_step(state, acts[state.step % 4])
-        jobs[f"refresh {latents}"] = refresher(state)
+        jobs |= {f"{name} {latents}": work for name, (work, _) in occasional(state).items()}
+        every = {name: steps for name, (_, steps) in occasional(state).items()}
         jobs[f"gemm {latents}"] = lambda low_DF=low_DF: low_BD @ low_DF
     seconds = interleaved(jobs, rounds)
-    rows = [_growth_row(latents, f"D={width} B={batch:,} K={k}", seconds) for latents in sizes]
+    rows = [_growth_row(latents, f"D={width} B={batch:,} K={k}", seconds, every) for latents in sizes]
     first, last = rows[0], rows[-1]
     growth = {part: last[f"{part} ms"] / first[f"{part} ms"] for part in ("step", "gemm")}
     ratios = {"growth_of_step": growth["step"], "growth_of_gemm": growth["gemm"]}
     return rows, {**ratios, "growth_vs_gemm": growth["step"] / growth["gemm"]}
 
 
-def _growth_row(latents: int, what: str, seconds: Mapping[str, float]) -> Row:
-    step = seconds[f"step {latents}"] + seconds[f"refresh {latents}"] / LSH().refresh_every
+def _growth_row(latents: int, what: str, seconds: Mapping[str, float], every: Mapping[str, int]) -> Row:
+    step = seconds[f"step {latents}"] + sum(seconds[f"{name} {latents}"] / steps for name, steps in every.items())
     gemm = seconds[f"gemm {latents}"]
     return {"growth": what, "F": latents, "step ms": 1000 * step, "gemm ms": 1000 * gemm, "step / gemm": step / gemm}
 
@@ -230,6 +231,8 @@ def _growth_row(latents: int, what: str, seconds: Mapping[str, float]) -> Row:
 def main() -> None:
     """Measure and publish."""
     given = arguments(__doc__, rivals="", rounds=5, shapes="minilm,16k", penalty=1, growth=1)
+    if given.rivals and shutil.which(given.rivals) is None:
+        sys.exit(f"error: --rivals {given.rivals} is no program; give the Python that `make bench-env` builds")
     rows, tried, ratios = [], [], {}
     for name in filter(None, given.shapes.split(",")):
         for architecture in ("topk", "batchtopk"):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fipo.reservoir import BucketQueues
+from fipo.sparse import row_products
 
 
 def bucket_numbers(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
@@ -94,7 +95,8 @@ def candidate_pairs(
         found.append(torch.minimum(first_N, second_N) * latents + torch.maximum(first_N, second_N))
     codes_P = torch.cat(found).unique()
     pairs_P2 = torch.stack([codes_P // latents, codes_P % latents], dim=1)
-    cos_P = _cosines(unit_FD, pairs_P2)
+    first_P, second_P = pairs_P2.T.contiguous()
+    cos_P = row_products(unit_FD, first_P, unit_FD, second_P)
     close_P = cos_P >= min_cosine
     pairs_P2, cos_P = pairs_P2[close_P], cos_P[close_P]
     return pairs_P2 if partners is None else pairs_P2[_closest(cos_P, priority_F, pairs_P2, partners)]
@@ -107,8 +109,3 @@ def _closest(cos_P: Tensor, priority_F: Tensor, pairs_P2: Tensor, partners: int)
     queues = BucketQueues(priority_F.shape[0], partners, device=cos_P.device)
     queues.offer(lower_P, cos_P, torch.arange(pairs_P2.shape[0], device=cos_P.device))
     return queues.items_QC[queues.items_QC >= 0].sort().values
-
-
-def _cosines(unit_FD: Tensor, pairs_P2: Tensor) -> Tensor:
-    """Cosine of every pair, [P]; some pairs at a time."""
-    return torch.cat([(unit_FD[part[:, 0]] * unit_FD[part[:, 1]]).sum(1) for part in pairs_P2.split(16_384)])

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import normalize
 
 from fipo.sparse import row_products, sum_rows
 
@@ -186,7 +187,7 @@ def chunked_orthogonality(dec_FD: Tensor, order_F: Tensor, chunk: int) -> Tensor
     with another row of the same chunk; both rows of a pair move. `order_F`, a random permutation, is cut into chunks
     of about equal size, at most `chunk` rows.
     """
-    unit_FD = _unit(dec_FD)
+    unit_FD = normalize(dec_FD, dim=1)
     count = math.ceil(len(order_F) / chunk)
     largest = []
     for members_N in order_F.tensor_split(count):
@@ -196,7 +197,3 @@ def chunked_orthogonality(dec_FD: Tensor, order_F: Tensor, chunk: int) -> Tensor
         itself_NN = torch.eye(len(members_N), dtype=torch.bool, device=cos_NN.device)
         largest.append(cos_NN.masked_fill(itself_NN, 0.0).amax(1))
     return torch.cat(largest).pow(2).mean()
-
-
-def _unit(rows_FD: Tensor) -> Tensor:
-    return rows_FD / rows_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fipo.metrics import max_cosines, quality
 from fipo.sae import SAE
@@ -93,7 +94,7 @@ def recovery(sae: SAE, samples: Sequence[Sample], features_GD: Tensor, parent_G:
 
 def absolute_cosines(dec_FD: Tensor, features_GD: Tensor) -> Tensor:
     """|cos| of every latent with every feature, [F, G]."""
-    return (_unit(dec_FD) @ _unit(features_GD).T).abs()
+    return (normalize(dec_FD, dim=1) @ normalize(features_GD, dim=1).T).abs()
 
 
 def mean_matched_cosine(cos_FG: Tensor) -> float:
@@ -139,7 +140,7 @@ def absorbed(fires_BF: Tensor, truth_BG: Tensor, latent_G: Tensor, parent_G: Ten
 
 def composite(dec_FD: Tensor, features_GD: Tensor) -> Tensor:
     """Does the direction of a latent mix two or more features? [F]."""
-    unit_FD, unit_GD = _unit(dec_FD), _unit(features_GD)
+    unit_FD, unit_GD = normalize(dec_FD, dim=1), normalize(features_GD, dim=1)
     cos_FG = unit_FD @ unit_GD.T
     first_F = cos_FG.abs().argmax(1)
     first_FD = unit_GD[first_F]
@@ -150,7 +151,3 @@ def composite(dec_FD: Tensor, features_GD: Tensor) -> Tensor:
     gain_FG = (rest_FD @ unit_GD.T).pow(2) / beyond_FG
     gain_FG.scatter_(1, first_F[:, None], 0.0)
     return gain_FG.amax(1) >= SECOND
-
-
-def _unit(rows_ND: Tensor) -> Tensor:
-    return rows_ND / rows_ND.norm(dim=1, keepdim=True).clamp_min(1e-12)
