@@ -1,7 +1,9 @@
 """benchmarks.profile_run: the parts of a run add up, and each is a function that a run calls."""
 
+import cProfile
 import json
 import sys
+import time
 
 import pytest
 import tiny
@@ -39,3 +41,10 @@ def test_every_part_names_functions_that_a_run_calls(result):
     named = profile_run.WANTED | profile_run.OTHER | profile_run.DENSE | profile_run.SPARSE
     assert silent <= {part for part, names in named.items() if set(names) <= unused}
     assert any(part.startswith("SAE: dense") for part in named.keys() - silent)
+
+
+def test_what_a_built_in_function_calls_is_not_its_own():
+    profile = cProfile.Profile()
+    profile.runcall(sorted, [1, 2], key=lambda n: time.sleep(0.05) or n)
+    assert profile_run.seconds_of(profile, ["~:<built-in method builtins.sorted>"]) < 0.04
+    assert profile_run.seconds_of(profile, ["~:<built-in method time.sleep>"]) >= 0.1
