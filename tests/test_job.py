@@ -149,7 +149,7 @@ def test_training_log(finished):
 def test_config_as_resolved(finished, values):
     saved = yaml.safe_load((finished / "config.yaml").read_text())
     assert saved["run"] == "run_3" and saved["workload"] == values | saved["workload"]
-    assert saved["lsh"]["tables"] == 16 and saved["penalty"]["weight"] > 0 and saved["levels"] is None
+    assert saved["lsh"]["tables"] == 8 and saved["penalty"]["weight"] > 0 and saved["levels"] is None
 
 
 def test_runtime(finished):
