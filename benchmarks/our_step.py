@@ -7,13 +7,12 @@ is dead, so the auxiliary term and revival find nothing to do, as in most steps.
 latents, tokens a batch, active latents a token.
 """
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from benchmarks.common import interleaved
 from fipo.config import LSH, Importance, Levels, Optimiser, Penalty, Probing, Reservoir, RunConfig, Text, Workload
 from fipo.train import TrainState, build_state, decoder_penalty, refresh_pairs, train_step
 
@@ -106,16 +105,9 @@ def occasional(state: TrainState) -> dict[str, tuple[Callable[[], object], int]]
 def stepper(architecture: str, shape: Shape, sparse: bool, device: str) -> Callable[[Tensor], float]:
     """One step a call without what it does not always do; returns the seconds of that which fall to each step."""
     state = fresh_state(architecture, shape, sparse, device)
-    share = 0.0
-    for work, every in occasional(state).values():
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - started)
-        share += statistics.median(times) / every
+    rare = occasional(state)
+    seconds = interleaved({name: work for name, (work, _) in rare.items()}, 3)
+    share = sum(seconds[name] / every for name, (_, every) in rare.items())
 
     def step(acts_BD: Tensor) -> float:
         train_step(state, acts_BD)

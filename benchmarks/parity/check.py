@@ -209,12 +209,10 @@ def features(folder: Path, job: dict[str, Any], name: str) -> dict[str, Tensor]:
 def check_features(name: str, who: str, features_NF: Tensor, theirs_NF: Tensor) -> Row:
     """2: the pooled features of a whole dataset, to the rounding of float32; of an SAE with a threshold, one pair of
     text and latent in a million may have a code that rounding carries across it."""
-    apart_NF = (features_NF - theirs_NF).abs()
-    crossed = (apart_NF > 1e-6 * theirs_NF.abs().max()).sum().item()
-    rounding = apart_NF[apart_NF <= 1e-6 * theirs_NF.abs().max()].max().item()
-    text = (
-        f"largest difference {rounding:.1e} of {theirs_NF.abs().max():.1f}; {crossed} of {apart_NF.numel():,} crossed"
-    )
+    apart_NF, largest = (features_NF - theirs_NF).abs(), theirs_NF.abs().max().item()
+    crossed_NF = apart_NF > 1e-6 * largest
+    rounding, crossed = apart_NF[~crossed_NF].max().item(), int(crossed_NF.sum())
+    text = f"largest difference {rounding:.1e} of {largest:.1f}; {crossed} of {apart_NF.numel():,} crossed"
     return f"2 pooling {name} {who}", text, crossed <= 1e-6 * apart_NF.numel()
 
 
