@@ -1,9 +1,10 @@
 """Several finished runs side by side, as Markdown made from their result files alone.
 
-Runs of one name, workload, sparsity and layer are seeds of one another: the table gives mean ± standard deviation over
-them. Below it the run given first is set against each other one, answer by answer, with 95 % bootstrap intervals. They
-say what other texts would change, not what other SAEs would: that is in the standard error over trainings, of all seeds
-and layers that both have. Reads run folders and the folders that `fipo probe --out` writes.
+Runs of one name, config and layer are seeds of one another: the table gives mean ± standard deviation over them. Where
+configs of one name differ, the name says in what (fipo.names). Below it the run given first is set against each other
+one, answer by answer, with 95 % bootstrap intervals. They say what other texts would change, not what other SAEs would:
+that is in the standard error over trainings, of all seeds and layers that both have. Reads run folders and the folders
+that `fipo probe --out` writes.
 """
 
 import math
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
 from fipo.files import read_json
+from fipo.names import SPARSITY, additions, flat
 from fipo.pareto import Point
 from fipo.probe_job import OUTCOMES_SUFFIX, RESULT_SUFFIX
 from fipo.randomness import generator_for
@@ -22,6 +24,7 @@ from fipo.report import FINAL, OUTCOMES
 from fipo.results import read_result
 from fipo.saebench import overall_metrics
 from fipo.uncertainty import Answers, Interval, bootstrap
+from fipo.yamlfile import read_yaml
 
 COLUMNS = {
     "FVU": ("held_out_fvu", "{:.3f}"),
@@ -50,11 +53,13 @@ class Result(NamedTuple):
     record: dict[str, Any]
     outcomes: Path
     origin: str
+    config: dict[str, str]
+    """The flat config of the run (fipo.names), empty where the folder holds none."""
 
 
 def report(folders: Sequence[Path]) -> str:
     """The table of all runs in `folders`, the differences between them, and where the numbers come from."""
-    results = _told_apart([result for folder in folders for result in read_results(folder)])
+    results = _by_sparsity(_by_config([result for folder in folders for result in read_results(folder)]))
     seeds: dict[str, set[int]] = {}
     for result in results:
         seeds.setdefault(result.run, set()).add(result.seed)
@@ -67,7 +72,8 @@ def report(folders: Sequence[Path]) -> str:
 def read_results(folder: Path) -> list[Result]:
     """The results in a run folder or in a folder of `fipo probe`."""
     if (folder / FINAL).is_file():
-        info = read_result(folder)
+        info, file = read_result(folder), folder / "config.yaml"
+        config = flat(read_yaml(file)) if file.is_file() else {}
         return [
             Result(
                 info["run"],
@@ -77,6 +83,7 @@ def read_results(folder: Path) -> list[Result]:
                 {"workload": info["workload"], **record},
                 folder / f"layer_{layer}" / OUTCOMES,
                 _origin(info),
+                config,
             )
             for layer, record in info["layers"].items()
         ]
@@ -87,7 +94,9 @@ def read_results(folder: Path) -> list[Result]:
             sae = record["sae"]
             run, seed, layer = str(sae["run"] or sae["name"]), int(sae["seed"] or 0), int(sae["layer"])
             overall_metrics(record)
-            found.append(Result(run, "", seed, layer, {"workload": "-", **record}, folder / beside, _origin(record)))
+            found.append(
+                Result(run, "", seed, layer, {"workload": "-", **record}, folder / beside, _origin(record), {})
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{file} is no result of `fipo probe`: {error!r}; make it again") from error
     if not found:
@@ -105,8 +114,7 @@ def pareto_points(folders: Sequence[Path]) -> list[Point]:
             1 - result.record["held_out_fvu"],
             overall_metrics(result.record)["sae_top_1_test_accuracy"],
         )
-        for folder in folders
-        for result in read_results(folder)
+        for result in _by_config([result for folder in folders for result in read_results(folder)])
         if "held_out_fvu" in result.record and overall_metrics(result.record)["sae_top_1_test_accuracy"] is not None
     ]
 
@@ -117,7 +125,16 @@ def _setting(record: dict[str, Any]) -> str:
     return f"λ {record['sparsity_penalty']:g}" if record["k"] is None else f"k {record['k']}"
 
 
-def _told_apart(results: Sequence[Result]) -> list[Result]:
+def _by_config(results: Sequence[Result]) -> list[Result]:
+    """Where runs of one name differ in more than sparsity, what differs becomes part of the name."""
+    added = {
+        run: iter(additions([result.config for result in results if result.run == run], without=SPARSITY))
+        for run in {result.run for result in results}
+    }
+    return [r._replace(run=f"{r.run}, {more}" if (more := next(added[r.run])) else r.run) for r in results]
+
+
+def _by_sparsity(results: Sequence[Result]) -> list[Result]:
     """Where runs of one name differ in sparsity, its setting becomes part of the name."""
     settings: dict[str, set[str]] = {}
     for result in results:

@@ -1,0 +1,39 @@
+"""What to call the runs that are compared, so that two of one name that differ are not taken for seeds of one another.
+
+A run's name says which experiment it is; its config.yaml may have changed anything. Of what differs among the runs of a
+name, a run's own values are added to its name, such as `run_8, penalty.kind ortsae` beside `run_8, penalty off`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NOT_COMPARED = {"run", "seed", "workload.layers", "log_every", "checkpoint_every", "checkpoint_share"}
+"""What a row of the table says already, or what does not touch the result."""
+SPARSITY = {"workload.k", "workload.sparsity_penalty"}
+"""What a sweep of sparsity varies."""
+SHOWN = 2
+"""Values added to a name, at most, while these are enough."""
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Every value of a config under its whole key, as text; a part that is off is `off`."""
+    found: dict[str, str] = {}
+    for key, value in config.items():
+        name = prefix + key
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{name}.")
+        elif name not in NOT_COMPARED:
+            found[name] = "off" if value is None else str(value)
+    return found
+
+
+def additions(configs: Sequence[Mapping[str, str]], without: set[str]) -> list[str]:
+    """For every flat config of one name, what to add to the name; where nothing differs, nothing. Keys in `without` are
+    told elsewhere."""
+    keys = list(dict.fromkeys(key for config in configs for key in config if key not in without))
+    differing = [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    differing.sort(key=lambda key: key.startswith("workload."))
+    own = [[f"{key} {config[key]}" for key in differing if key in config] for config in configs]
+    short = [", ".join(values[:SHOWN]) for values in own]
+    enough = len(set(short)) == len({tuple(values) for values in own})
+    return short if enough else [", ".join(values) for values in own]
