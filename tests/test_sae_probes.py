@@ -1,6 +1,7 @@
 """fipo.data.sae_probes on the real data package: classes apart, and no probing text among the training text."""
 
 import importlib.util
+import re
 
 import pytest
 
@@ -85,3 +86,9 @@ def test_as_labelled_text(classes, monkeypatch):
         assert train.isdisjoint(text for texts in data.test.values() for text in texts)
     assert load_labelled(NAMES[0], probing, seed=0) == load_labelled(NAMES[0], probing, seed=0)
     assert load_labelled(NAMES[0], probing, seed=0) != load_labelled(NAMES[0], probing, seed=1)
+
+
+def test_letters_and_digits_are_those_of_the_pattern():
+    every = "".join(map(chr, range(0x3000)))
+    for text in (every, every[:128], "\u4e2d_\ud800 \u00c9"):
+        assert sae_probes._normalised(text) == re.sub(r"[\W_]+", "", text).lower()

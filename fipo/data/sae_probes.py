@@ -47,6 +47,7 @@ RELATED_FILES = {
 
 SHORTEST_TEXT = 40
 """Characters below which a training text is a bare name or a fragment ("Being Twenty") and left out."""
+_NO_LETTERS = bytes(byte for byte in range(128) if not chr(byte).isalnum())
 
 
 def labelled_texts(name: str) -> dict[str, list[str]]:
@@ -139,7 +140,9 @@ def _columns(file: Path, first: str, second: str) -> tuple[list[str], list[str]]
 
 
 def _normalised(text: str) -> str:
-    return re.sub(r"[\W_]+", "", text).lower()
+    """Letters and digits alone, in lower case. Most of what goes is plain ASCII, which bytes lose in one pass."""
+    text = text.encode(errors="surrogatepass").translate(None, _NO_LETTERS).decode(errors="surrogatepass")
+    return (text if text.isascii() else re.sub(r"[\W_]+", "", text)).lower()
 
 
 def _beginning(text: str) -> str:

@@ -173,31 +173,36 @@ def _clear_stale(ours: Path) -> None:
 
 def _write(folder: Path, key: dict[str, Any], chunks: Iterable[Chunk], tokens: int | None) -> None:
     shards: list[dict[str, Any]] = []
-    held: list[Chunk] = []
-    waiting = total = 0
+    shard: Chunk | None = None  # filled in place, time and again: fresh memory costs as much as the copy
+    filled = total = 0
 
-    def flush(limit: int) -> None:
-        nonlocal held, waiting
-        acts_NLD = torch.cat([chunk.acts_NLD.cpu() for chunk in held])
-        text_N = torch.cat([chunk.text_N for chunk in held])
+    def flush() -> None:
+        assert shard is not None
         file = folder / _shard_name(len(shards))
-        write_tensors(file, {"acts_NLD": acts_NLD[:limit], "text_N": text_N[:limit]})
-        shards.append({"file": file.name, "tokens": min(limit, len(text_N)), "sha256": sha256_file(file)})
-        held = [Chunk(acts_NLD[limit:], text_N[limit:])]
-        waiting -= shards[-1]["tokens"]
+        write_tensors(file, {"acts_NLD": shard.acts_NLD[:filled], "text_N": shard.text_N[:filled]})
+        shards.append({"file": file.name, "tokens": filled, "sha256": sha256_file(file)})
 
     for chunk in chunks:
         room = len(chunk.text_N) if tokens is None else min(len(chunk.text_N), tokens - total)
-        held.append(Chunk(chunk.acts_NLD[:room], chunk.text_N[:room]))
-        waiting, total = waiting + room, total + room
-        while waiting >= SHARD_TOKENS:
-            flush(SHARD_TOKENS)
+        total += room
+        if shard is None:
+            shape = (SHARD_TOKENS, *chunk.acts_NLD.shape[1:])
+            shard = Chunk(chunk.acts_NLD.new_empty(shape, device="cpu"), chunk.text_N.new_empty(SHARD_TOKENS))
+        done = 0
+        while done < room:
+            count = min(room - done, SHARD_TOKENS - filled)
+            shard.acts_NLD[filled : filled + count] = chunk.acts_NLD[done : done + count]
+            shard.text_N[filled : filled + count] = chunk.text_N[done : done + count]
+            done, filled = done + count, filled + count
+            if filled == SHARD_TOKENS:
+                flush()
+                filled = 0
         if total == tokens:
             break
     if total == 0:
         raise UserError("the text has no content token: it is empty, or holds special tokens only; give other text")
     if tokens is not None and total < tokens:
         raise UserError(f"the text ends after {total} content tokens; {tokens} were asked for: give more or ask less")
-    if waiting:
-        flush(waiting)
+    if filled:
+        flush()
     write_json(folder / MANIFEST, {"format": FORMAT, "key": key, "tokens": total, "shards": shards})
