@@ -4,8 +4,8 @@
 
 Runs the experiment once, with an empty cache, under `cProfile`, and adds up the functions that do the work. Those named
 here do not call one another, but for the few sparse products of Ω and of a refresh, which stand in both lines. What is
-wanted of a run is the language model's forward pass, the products of the SAE
-and the probing fits: `ratios.wanted_share` is their share of the whole.
+wanted of a run is the language model's forward pass, the products of the SAE and the probing fits:
+`ratios.wanted_share` is their share of the whole.
 """
 
 import cProfile

@@ -29,9 +29,9 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def additions(configs: Sequence[Mapping[str, str]], without: set[str]) -> list[str]:
     """For every flat config of one name, what to add to the name; where nothing differs, nothing. Keys in `without` are
-    told elsewhere."""
+    told elsewhere. An empty config says nothing: it gets no addition and makes nothing differ."""
     keys = list(dict.fromkeys(key for config in configs for key in config if key not in without))
-    differing = [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    differing = [key for key in keys if len({config.get(key) for config in configs if config}) > 1]
     differing.sort(key=lambda key: key.startswith("workload."))
     own = [[f"{key} {config[key]}" for key in differing if key in config] for config in configs]
     short = [", ".join(values[:SHOWN]) for values in own]

@@ -22,6 +22,12 @@ def test_a_part_that_is_on_in_one_run_only():
     assert added == ["penalty off", "penalty.kind ortsae, penalty.weight 0.1", "penalty off"]
 
 
+def test_a_result_without_a_config_neither_gets_a_name_nor_gives_one():
+    assert additions([flat(PLAIN), {}], SPARSITY) == ["", ""]
+    added = additions([flat(PLAIN), {}, flat(ORTSAE)], SPARSITY)
+    assert added == ["penalty off", "", "penalty.kind ortsae, penalty.weight 0.1"]
+
+
 def test_sparsity_is_told_elsewhere_and_the_method_comes_before_the_workload():
     low = {"workload": {"k": 16, "train_tokens": 9}, "levels": {"rise": 0.5}}
     high = {"workload": {"k": 32, "train_tokens": 7}, "levels": {"rise": 0.8}}
@@ -35,9 +41,9 @@ def test_where_two_values_do_not_tell_all_apart_every_one_is_given():
 
 
 def test_what_is_not_compared_is_part_of_a_config():
-    keys = flat(to_dict(RunConfig(run="run_0", workload=MINILM))).keys()
-    assert keys >= SPARSITY and not keys & NOT_COMPARED
     whole = to_dict(RunConfig(run="run_0", workload=MINILM))
+    keys = flat(whole).keys()
+    assert keys >= SPARSITY and not keys & NOT_COMPARED
     assert {key for key in NOT_COMPARED if key in whole or key.removeprefix("workload.") in whole["workload"]} == (
         NOT_COMPARED
     )
