@@ -64,7 +64,7 @@ def largest(pre_BF: Tensor, k: int) -> Tensor:
     tiles_BGT = _tiles(pre_BF)
     if tiles_BGT.shape[2] < 2 * k or tiles_BGT.shape[1] == 1:
         return pre_BF.topk(k, dim=-1, sorted=False).indices
-    tiles_BK = tiles_BGT.amax(1).topk(k, dim=-1, sorted=False).indices
+    tiles_BK = largest(tiles_BGT.amax(1), k)
     firsts_G = torch.arange(0, pre_BF.shape[1], tiles_BGT.shape[2], device=pre_BF.device)
     latents_BN = (tiles_BK[:, None, :] + firsts_G[:, None]).flatten(1)
     return latents_BN.gather(1, pre_BF.gather(1, latents_BN).topk(k, dim=-1, sorted=False).indices)

@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 
+from fipo.priority import by_priority, precedence
 from fipo.reservoir import BucketQueues
 from fipo.sparse import row_products
 
@@ -71,13 +72,14 @@ def candidate_pairs(
     `held_P2`: pairs found earlier, which compete with the new ones; a pair that one draw of planes misses is then
     missing only until a later draw finds it.
 
-    `partners`: keep, of every row's pairs with rows of higher priority, only so many of the closest; None keeps all.
+    `partners`: keep, of every row's pairs with rows of higher priority, only so many of the dearest, those of largest
+    ω cos² with ω = `precedence` (what Ω makes the row pay); None keeps all.
     """
     latents, width = unit_FD.shape
     planes_DTS = torch.randn(width, tables, bits, generator=generator, device=generator.device).to(unit_FD.device)
     buckets_FT = bucket_numbers(unit_FD, planes_DTS, autocast)
     numbers_F = torch.arange(latents, device=unit_FD.device)
-    compared_FD = unit_FD.bfloat16() if autocast else unit_FD
+    rows_RD = torch.cat([unit_FD, unit_FD.new_zeros(1, width)]).to(torch.bfloat16 if autocast else unit_FD.dtype)
     least = min_cosine - 2**-7 if autocast else min_cosine
     found = []
     if held_P2 is not None:
@@ -86,26 +88,25 @@ def candidate_pairs(
         queues = BucketQueues(2**bits, capacity, device=unit_FD.device)
         queues.offer(buckets_FT[:, table], priority_F, numbers_F)
         held_QC = queues.items_QC
-        rows_QCD = compared_FD[held_QC.clamp_min(0)]
-        cos_QCC = torch.bmm(rows_QCD, rows_QCD.mT)
-        usable_QC = held_QC >= 0
-        close_QCC = (cos_QCC >= least) & usable_QC[:, :, None] & usable_QC[:, None, :]
-        queue_N, left_N, right_N = close_QCC.triu(1).nonzero(as_tuple=True)
+        rows_QCD = rows_RD[held_QC]  # an empty place is -1: the last row, all zeros
+        close_QCC = torch.bmm(rows_QCD, rows_QCD.mT) >= least
+        queue_N, left_N, right_N = close_QCC.triu_(1).nonzero(as_tuple=True)
         first_N, second_N = held_QC[queue_N, left_N], held_QC[queue_N, right_N]
-        found.append(torch.minimum(first_N, second_N) * latents + torch.maximum(first_N, second_N))
+        least_N = torch.minimum(first_N, second_N)
+        found.append((least_N * latents + torch.maximum(first_N, second_N))[least_N >= 0])
     codes_P = torch.cat(found).unique()
     pairs_P2 = torch.stack([codes_P // latents, codes_P % latents], dim=1)
     first_P, second_P = pairs_P2.T.contiguous()
     cos_P = row_products(unit_FD, first_P, unit_FD, second_P)
     close_P = cos_P >= min_cosine
     pairs_P2, cos_P = pairs_P2[close_P], cos_P[close_P]
-    return pairs_P2 if partners is None else pairs_P2[_closest(cos_P, priority_F, pairs_P2, partners)]
+    return pairs_P2 if partners is None else pairs_P2[_dearest(cos_P, priority_F, pairs_P2, partners)]
 
 
-def _closest(cos_P: Tensor, priority_F: Tensor, pairs_P2: Tensor, partners: int) -> Tensor:
-    """Numbers, rising, of the pairs that are among the `partners` closest of their row of lower priority."""
-    first_P, second_P = pairs_P2.unbind(1)
-    lower_P = torch.where(priority_F[second_P] > priority_F[first_P], first_P, second_P)
+def _dearest(cos_P: Tensor, priority_F: Tensor, pairs_P2: Tensor, partners: int) -> Tensor:
+    """Numbers, rising, of the pairs that are among the `partners` dearest of their row of lower priority."""
+    upper_P, lower_P = by_priority(priority_F, pairs_P2)
+    cost_P = precedence(priority_F[upper_P], priority_F[lower_P]) * cos_P.relu().square()
     queues = BucketQueues(priority_F.shape[0], partners, device=cos_P.device)
-    queues.offer(lower_P, cos_P, torch.arange(pairs_P2.shape[0], device=cos_P.device))
+    queues.offer(lower_P, cost_P, torch.arange(pairs_P2.shape[0], device=cos_P.device))
     return queues.items_QC[queues.items_QC >= 0].sort().values

@@ -54,14 +54,14 @@ class LSH:
     tables: int = 8
     """T, hash tables."""
     bits: int | None = None
-    """S, sign bits a table; 2^S buckets. null: as many as leave half a queue's capacity or more a bucket. 0, with one
-    table and a capacity of F, compares all pairs."""
+    """S, sign bits a table; 2^S buckets. null: as few as leave a bucket no more latents, on average, than a queue has
+    room for. 0, with one table and a capacity of F, compares all pairs."""
     capacity: int = 128
     """C, latents of highest importance that a bucket keeps."""
     min_cosine: float = 0.1
     """Pairs below this cosine are not candidates."""
     partners: int | None = 2
-    """Candidates kept a latent, the closest ones of higher importance; null keeps all."""
+    """Candidates kept a latent, those of higher importance for which it pays most; null keeps all."""
     refresh_every: int = 50
     """Steps between refreshes; planes are redrawn at each."""
     autocast: bool = True
@@ -77,7 +77,7 @@ class LSH:
 
     def bits_of(self, latents: int) -> int:
         """S for a dictionary of F latents."""
-        return self.bits if self.bits is not None else min(24, max(1, 2 * latents // self.capacity).bit_length() - 1)
+        return self.bits if self.bits is not None else min(24, ((latents - 1) // self.capacity).bit_length())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

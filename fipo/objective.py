@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from fipo.sparse import row_products, sum_rows
+from fipo.priority import by_priority, precedence
+from fipo.sparse import grouped, row_products, sum_rows
 
 _TOKENS = 256
 """Tokens whose residuals of all levels stay in the cache of a core."""
@@ -60,7 +61,8 @@ class _NestedError(torch.autograd.Function):
 
         g_m = (1 - plain)·h_m + plain·M·r_M,      h_M = r_M,      h_m = r_m + (1-s)·h_{m+1}
 
-    Both passes over the levels are done on few tokens at a time, which stay in the cache; a GPU takes all at once.
+    Both passes over the levels are done on few tokens at a time, which stay in the cache; a GPU takes all at once. The
+    residuals are kept in units in which they are the gradient: c r with c = 2 / (M B D).
     """
 
     @staticmethod
@@ -69,14 +71,14 @@ class _NestedError(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         levels = range(parts_BMD.shape[1])
         grad_BMD, x_hat_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
-        squares_M = x_BD.new_zeros(len(levels))
+        squares_M, c = x_BD.new_zeros(len(levels)), 2 / parts_BMD.numel()
         whole, tokens = (parts_BMD, x_BD, grad_BMD, x_hat_BD), _TOKENS if x_BD.device.type == "cpu" else len(x_BD)
         for part_NMD, x_ND, grad_NMD, x_hat_ND in zip(*(rows.split(tokens) for rows in whole), strict=True):
             residual_MND = x_BD.new_empty(len(levels), *x_ND.shape)
-            last_ND = bias_D - x_ND
+            last_ND = torch.sub(c * bias_D, x_ND, alpha=c)
             for level in levels:
-                last_ND = torch.add(last_ND, part_NMD[:, level], out=residual_MND[level])
-            torch.add(x_ND, last_ND, out=x_hat_ND)
+                last_ND = torch.add(last_ND, part_NMD[:, level], alpha=c, out=residual_MND[level])
+            torch.add(x_ND, last_ND, alpha=1 / c, out=x_hat_ND)
             squares_M += torch.linalg.vector_norm(residual_MND, dim=(1, 2)).pow(2)
             plain_ND = len(levels) * plain * last_ND if plain else None
             for level in levels[-2::-1]:
@@ -86,14 +88,16 @@ class _NestedError(torch.autograd.Function):
             grad_NMD.copy_(residual_MND.transpose(0, 1))
         ctx.save_for_backward(grad_BMD)
         ctx.mark_non_differentiable(x_hat_BD)
-        errors_M = squares_M / x_BD.numel()
+        ctx.set_materialize_grads(False)
+        errors_M = squares_M / (c**2 * x_BD.numel())
         return torch.lerp(errors_M.mean(), errors_M[-1], plain), x_hat_BD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         (grad_BMD,) = ctx.saved_tensors
-        grad_BMD = grad_BMD * (grad * 2 / grad_BMD.numel())
+        if grad.device.type != "cpu" or grad != 1:  # a step's L_rec has weight 1; a GPU would be waited for
+            grad_BMD = grad_BMD * grad
         return grad_BMD, grad_BMD[:, 0].sum(0, dtype=grad.dtype), None, None, None
 
 
@@ -133,11 +137,8 @@ def orthogonality(
     """
     rows_RD = dec_FD.detach() if held_FD is None else torch.cat([dec_FD.detach(), held_FD])
     first_held = rows_RD.shape[0] - dec_FD.shape[0]
-    first_P, second_P = pairs_P2.unbind(1)
-    swap_P = sigma_F[second_P] > sigma_F[first_P]
-    upper_P, lower_P = torch.where(swap_P, second_P, first_P), torch.where(swap_P, first_P, second_P)
-    tiny = torch.finfo(sigma_F.dtype).tiny
-    share_P = (sigma_F[upper_P] + tiny) / (sigma_F[upper_P] + sigma_F[lower_P] + 2 * tiny)
+    upper_P, lower_P = by_priority(sigma_F, pairs_P2)
+    share_P = precedence(sigma_F[upper_P], sigma_F[lower_P])
 
     def payments(payer_P: Tensor, holder_P: Tensor, share_P: Tensor) -> Tensor:
         cos_P = _Cosines.apply(dec_FD, rows_RD, payer_P, holder_P + first_held)
@@ -177,8 +178,7 @@ class _Cosines(torch.autograd.Function):
         grad_N, payer_N, holder_N, cos_N = (part[paying_N] for part in (grad_P, *places))
         weight_N = grad_N / norm_R[payer_N]
         weights = torch.cat([weight_N / norm_R[holder_N], -weight_N * cos_N / norm_R[payer_N]])
-        sorted_, order = torch.cat([payer_N, payer_N]).sort(stable=True)
-        ends_S = torch.searchsorted(sorted_, torch.arange(ctx.latents + 1, device=sorted_.device))
+        order, ends_S = grouped(torch.cat([payer_N, payer_N]), ctx.latents)
         return sum_rows(rows_RD, torch.cat([holder_N, payer_N])[order], weights[order], ends_S), None, None, None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fipo.activations import Activation
 from fipo.decoding import decode
-from fipo.sparse import Codes, attach, pairs_of
+from fipo.sparse import Codes, attach, pairs_of, working
 
 _ROWS = 128
 """Decoder rows that stay in the cache of a core."""
@@ -69,6 +69,7 @@ class SAE(nn.Module):
             pre_BF = self.pre_codes(x_BD)
             return pre_BF, self.activation(pre_BF, k=k)
         with torch.no_grad():
+            x_BD = working(x_BD)
             codes = self.activation(self.pre_codes(x_BD), as_pairs=True, k=k)
         return None, attach(codes, x_BD, self.enc_DF, self.enc_bias_F)
 

@@ -51,10 +51,19 @@ class Codes(NamedTuple):
 
 def pairs(values_N: Tensor, token_N: Tensor, latent_N: Tensor, batch: int, latents: int) -> Codes:
     """Codes from their pairs, ordered by token."""
-    sorted_N, order_N = latent_N.sort(stable=True)
-    ends_S = torch.searchsorted(sorted_N, torch.arange(latents + 1, device=latent_N.device))
+    order_N, ends_S = grouped(latent_N, latents)
     values_N = values_N.to(torch.promote_types(values_N.dtype, torch.float32))
     return Codes(values_N, token_N, latent_N, order_N, ends_S, batch)
+
+
+def grouped(group_N: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """The pairs sorted by their group, in their order inside each, and where in it every group starts, and N.
+
+    Few bytes a number are sorted faster: 131,072 of 3,072 groups in .8 ms of two bytes, in 4 ms of eight.
+    """
+    narrow = torch.int16 if groups < 2**15 else torch.int32
+    sorted_N, order_N = group_N.to(narrow).sort(stable=True)
+    return order_N, torch.searchsorted(sorted_N, torch.arange(groups + 1, dtype=narrow, device=group_N.device))
 
 
 def pairs_of(codes_BF: Tensor) -> Codes:
@@ -70,7 +79,8 @@ def positive(codes: Codes | Tensor) -> Tensor:
 
 
 def attach(codes: Codes, x_BD: Tensor, enc_DF: Tensor, enc_bias_F: Tensor) -> Codes:
-    """The same codes as a function of the encoder, for the backward pass; `x_BD` is data and gets no gradient."""
+    """The same codes as a function of the encoder, for the backward pass; `x_BD` is data, as the encoder's product took
+    it, and gets no gradient."""
     places = codes.token_N, codes.order_N, codes.ends_S
     return codes._replace(values_N=_Encode.apply(enc_DF, enc_bias_F, x_BD, codes.values_N, *places))
 
@@ -108,7 +118,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> Tensor:
         _enc_DF, _enc_bias_F, x_BD, values_N, *places = given
-        ctx.save_for_backward(working(x_BD), values_N, *places)
+        ctx.save_for_backward(x_BD, values_N, *places)
         return values_N.clone()
 
     @staticmethod
@@ -128,9 +138,8 @@ class _Decode(torch.autograd.Function):
         bag_N, latent_N, order_N, ends_S, bags = places
         dec_FD = working(dec_FD)
         ctx.save_for_backward(values_N, dec_FD, bag_N, latent_N, order_N, ends_S)
-        sorted_N, by_bag_N = bag_N.sort(stable=True)
-        bag_ends = torch.searchsorted(sorted_N, torch.arange(bags + 1, device=bag_N.device))
-        return sum_rows(dec_FD, latent_N[by_bag_N], values_N[by_bag_N], bag_ends)
+        by_bag_N, ends_R = grouped(bag_N, bags)
+        return sum_rows(dec_FD, latent_N[by_bag_N], values_N[by_bag_N], ends_R)
 
     @staticmethod
     @once_differentiable

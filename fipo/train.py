@@ -193,9 +193,10 @@ def loss_terms(
         sparsity = workload.sparsity_penalty * share * sae.activation.sparsity(pre_BF, codes, sae.dec_FD)
     if not frozen and config.aux_weight > 0:
         dead_N = (state.importance.silent_tokens_F >= workload.dead_tokens).nonzero().squeeze(1)
-        auxiliary = config.aux_weight * objective.auxiliary(
-            x_BD - x_hat_BD, sae.pre_codes(x_BD, dead_N), sae.dec_FD[dead_N], max(1, sae.d_in // 2)
-        )
+        if dead_N.numel():
+            auxiliary = config.aux_weight * objective.auxiliary(
+                x_BD - x_hat_BD, sae.pre_codes(x_BD, dead_N), sae.dec_FD[dead_N], max(1, sae.d_in // 2)
+            )
     if config.penalty is not None and (state.step + 1) % config.penalty.every == 0:
         weight = config.penalty.every * config.penalty.weight
         orthogonality = weight * share * decoder_penalty(state, config.penalty)

@@ -91,7 +91,7 @@ def test_recall_of_the_default_settings_for_cosines_of_a_half_and_more(latents):
     unit_FD = clustered(latents)
     cos_FF = (unit_FD @ unit_FD.T).triu(1)
     close_P2 = (cos_FF >= 0.5).nonzero()
-    bits = 5  # the default's for 2,048 to 4,095 latents
+    bits = 5  # the default's for 2,049 to 4,096 latents
     expected = collision_probability(cos_FF[cos_FF >= 0.5], 2 * DEFAULT.tables, bits).mean().item()
     settings = dict(tables=DEFAULT.tables, bits=bits, capacity=DEFAULT.capacity, min_cosine=DEFAULT.min_cosine)
     first_P2 = found(unit_FD, seed=1, autocast=True, **settings)
@@ -135,23 +135,25 @@ def test_a_full_bucket_keeps_the_latents_of_highest_priority():
 
 
 @pytest.mark.parametrize("partners", [1, 2, 5])
-def test_partners_are_the_closest_rows_of_higher_priority(partners):
+def test_partners_are_the_dearest_rows_of_higher_priority(partners):
+    """By what Ω makes them pay, not by the cosine alone."""
     unit_FD = rows(40)
     priority = torch.randperm(40, generator=toys.seeded(5)).tolist()
     pairs = found(unit_FD, seed=7).tolist()
     above = [[] for _ in range(40)]
     for i, j in pairs:
         lower, upper = (i, j) if priority[j] > priority[i] else (j, i)
-        above[lower].append(((unit_FD[i] @ unit_FD[j]).item(), [min(lower, upper), max(lower, upper)]))
+        cost = (unit_FD[i] @ unit_FD[j]).item() ** 2 * (priority[upper] / (priority[upper] + priority[lower]))
+        above[lower].append((cost, [min(lower, upper), max(lower, upper)]))
     expected = sorted(pair for one in above for _, pair in sorted(one, reverse=True)[:partners])
     limited = found(unit_FD, seed=7, priority_F=torch.tensor(priority).float(), partners=partners)
     assert limited.tolist() == expected and len(expected) < len(pairs)
 
 
 def test_by_default_buckets_grow_in_number_with_the_dictionary():
-    bits = {latents: DEFAULT.bits_of(latents) for latents in (1, 60, 1024, 2048, 3072, 4096, 16_384, 65_536)}
-    assert bits == {1: 0, 60: 0, 1024: 4, 2048: 5, 3072: 5, 4096: 6, 16_384: 8, 65_536: 10}
-    assert LSH(bits=3).bits_of(16_384) == 3 and LSH(capacity=16).bits_of(64) == 3
+    bits = {latents: DEFAULT.bits_of(latents) for latents in (1, 128, 129, 1024, 3072, 4096, 4097, 16_384)}
+    assert bits == {1: 0, 128: 0, 129: 1, 1024: 3, 3072: 5, 4096: 5, 4097: 6, 16_384: 7}
+    assert LSH(bits=3).bits_of(16_384) == 3 and LSH(capacity=16).bits_of(64) == 2
 
 
 def test_pairs_held_stay_until_they_are_no_longer_close():

@@ -9,7 +9,7 @@ import toys
 from fipo.activations import BatchTopK, TopK, build_activation, largest
 from fipo.decoding import decode_levels
 from fipo.importance import ImportanceEMA
-from fipo.sparse import Codes, attach, pairs_of, positive, row_products, sum_rows
+from fipo.sparse import Codes, attach, grouped, pairs_of, positive, row_products, sum_rows
 from fipo.train import TrainState, latent_levels, train_step
 
 BATCH, LATENTS, WIDTH, LEVELS = 7, 40, 5, 3
@@ -44,7 +44,7 @@ def test_pairs_are_the_codes_of_the_matrix(name, latents, k):
     assert torch.equal(pairs_of(codes_BF).dense(), codes_BF)
 
 
-@pytest.mark.parametrize("latents", [16, 64, 400, 1000, 1001])
+@pytest.mark.parametrize("latents", [16, 64, 400, 1000, 1001, 8192])
 @pytest.mark.parametrize("k", [1, 5, 16])
 def test_the_search_through_tiles_finds_the_k_largest(latents, k):
     pre_BF = torch.randn(20, latents, generator=toys.seeded(latents))
@@ -165,6 +165,16 @@ def test_gradients_are_those_of_the_matrix(name):
         results.append([parts_BMD, *torch.autograd.grad((parts_BMD * upstream_BMD).sum(), parameters)])
     for ours, theirs in zip(*results, strict=True):
         assert ours.any() and torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 9, 2**15 - 1, 2**15, 70_000])
+def test_grouped_sorts_stably_and_says_where_each_group_starts(groups):
+    """Around the largest number of two bytes; the last group is among them."""
+    group_N = torch.randint(0, groups, (500,), generator=toys.seeded(0))
+    group_N[::50] = groups - 1
+    order_N, ends_S = grouped(group_N, groups)
+    assert order_N.tolist() == sorted(range(500), key=lambda place: (group_N[place], place))
+    assert torch.equal(ends_S.diff(), group_N.bincount(minlength=groups)) and ends_S.dtype == torch.int64
 
 
 def test_sums_and_products_of_rows():

@@ -26,6 +26,7 @@ CORE = [
         "sparse",
         "objective",
         "importance",
+        "priority",
         "reservoir",
         "lsh",
         "revival",
@@ -163,13 +164,14 @@ def test_core_runs_without_the_optional_packages():
 
 def test_no_tracker_knows_the_sae():
     for tracker in TRACKERS:
-        assert fipo_modules(tracker) <= {"reservoir", "sparse"}, tracker
-    assert not fipo_modules("sparse"), "codes as pairs know neither SAE nor tracker"
+        assert fipo_modules(tracker) <= {"reservoir", "sparse", "priority"}, tracker
+    for name in ("sparse", "priority"):
+        assert not fipo_modules(name), "codes as pairs and the rule of who yields know neither SAE nor tracker"
 
 
 def test_the_sae_knows_no_tracker():
     for name in ("sae", "activations", "decoding", "objective"):
-        assert fipo_modules(name) <= {"activations", "decoding", "sparse"}, name
+        assert fipo_modules(name) <= {"activations", "decoding", "sparse", "priority"}, name
 
 
 def test_the_layers_point_down_and_only_the_step_knows_all():
