@@ -2,10 +2,11 @@
 
     python -m benchmarks.omega --json OUT.json [--seeds 3] [--latents 4096] [--steps 600] [--wide 32768]
 
-Gain: BatchTopK SAEs of as many latents as the truth has features are trained three ways on the same tokens of a known
-truth (`fipo.synthetic`): without Ω, with Ω on LSH's pairs at the default settings, and with Ω on every latent's dearest
-pair with a more important one, searched among all pairs at each step. All three are judged by Ω over all pairs and by
-the mean max cosine; the share is what LSH's pairs took off Ω, of what all pairs took off.
+Gain: BatchTopK SAEs of as many latents as the truth has features are trained on the same tokens of a known truth
+(`fipo.synthetic`): without Ω; with Ω on LSH's pairs at the default settings, and with those sought ten times as often;
+and with Ω on every latent's dearest pair with a more important one, searched among all pairs at each step. All are
+judged by Ω over all pairs and by the mean max cosine; the share is what LSH's pairs took off Ω, of what all pairs took
+off. Ratios that end in `_often` are of the pairs sought more often.
 
 Cost: seconds a step of both at --wide latents of width 768 (groups of four with cosines near .4, σ at random), a
 refresh of the pairs spread over its steps. All pairs need the whole Gram matrix; it is made without a gradient, some
@@ -29,9 +30,11 @@ from fipo.randomness import generator_for
 from fipo.synthetic import SyntheticModel, Truth, build
 from fipo.train import TrainState, build_state, train_step
 
+SOUGHT = {"": LSH(), "_often": LSH(refresh_every=LSH().refresh_every // 10)}
+"""How LSH's pairs are sought, by the ending of their ratios."""
 WAYS: dict[str, dict[str, Any]] = {
     "none": {"importance": Importance()},
-    "LSH's pairs": PARTS,
+    **{f"LSH's pairs, sought every {lsh.refresh_every} steps": PARTS | {"lsh": lsh} for lsh in SOUGHT.values()},
     "all pairs": PARTS | {"lsh": LSH(refresh_every=10**9)},
 }
 """What each differs in from BatchTopK; the dearest of all pairs are set from outside, step by step."""
@@ -70,9 +73,10 @@ def trained(truth: SyntheticModel, latents: int, k: int, steps: int, seed: int) 
     return states
 
 
-def gain_rows(truth: SyntheticModel, given: Any) -> tuple[list[dict[str, Any]], list[float]]:
-    """A row a seed and way, and the share of the gain of every seed."""
-    rows, shares = [], []
+def gain_rows(truth: SyntheticModel, given: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """A row a seed and way, and the share of the gain: its mean and its smallest over the seeds."""
+    rows: list[dict[str, Any]] = []
+    shares: dict[str, list[float]] = {ending: [] for ending in SOUGHT}
     for seed in range(1, given.seeds + 1):
         left = {}
         for way, state in trained(truth, given.latents, given.k, given.steps, seed).items():
@@ -85,12 +89,17 @@ def gain_rows(truth: SyntheticModel, given: Any) -> tuple[list[dict[str, Any]], 
                 "explained variance": found.explained_variance,
             }
             rows.append(row | {"mcc": found.mcc, "f1": found.f1})
-        shares.append((left["none"] - left["LSH's pairs"]) / (left["none"] - left["all pairs"]))
-    return rows, shares
+        without, *lsh, exact = left.values()
+        for of, omega in zip(shares.values(), lsh, strict=True):
+            of.append((without - omega) / (without - exact))
+    ratios = {}
+    for ending, of in shares.items():
+        ratios |= {f"gain_share{ending}": statistics.fmean(of), f"smallest_gain_share{ending}": min(of)}
+    return rows, ratios
 
 
-def cost_rows(latents: int, rounds: int, width: int = 768) -> tuple[list[dict[str, Any]], float]:
-    """Seconds a step of both, and LSH's share."""
+def cost_rows(latents: int, rounds: int, width: int = 768) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Seconds a step of all, and LSH's shares."""
     generator, settings = torch.Generator().manual_seed(0), LSH()
     dec_FD = torch.randn(latents, width, generator=generator)
     dec_FD += 0.8 * torch.randn(latents // 4, width, generator=generator).repeat(4, 1)
@@ -127,28 +136,26 @@ def cost_rows(latents: int, rounds: int, width: int = 768) -> tuple[list[dict[st
         "all pairs": lambda: gradient("all pairs"),
     }
     seconds = interleaved(work, rounds)
-    costs = {
-        f"LSH's pairs, refreshed every {settings.refresh_every} steps": seconds["LSH's pairs"]
-        + seconds["refresh"] / settings.refresh_every,
-        "all pairs, every step": seconds["all pairs"] + seconds["search"],
-        f"all pairs, searched every {settings.refresh_every} steps": seconds["all pairs"]
-        + seconds["search"] / settings.refresh_every,
-    }
+    exact = seconds["all pairs"] + seconds["search"]
+    costs, ratios = {"all pairs, every step": exact}, {}
+    for ending, lsh in SOUGHT.items():
+        cost = seconds["LSH's pairs"] + seconds["refresh"] / lsh.refresh_every
+        costs[f"LSH's pairs, sought every {lsh.refresh_every} steps"] = cost
+        ratios[f"cost_share{ending}"] = cost / exact
+        rarely = f"all pairs, searched every {lsh.refresh_every} steps"
+        costs[rarely] = seconds["all pairs"] + seconds["search"] / lsh.refresh_every
     few, every = (len(pairs_P2) for pairs_P2 in held.values())
     what = f"cost F={latents:,} D={width}, {few:,} and {every:,} pairs"
-    rows = [{"what": what, "pairs": way, "seconds a step": cost} for way, cost in costs.items()]
-    ours, exact, _ = costs.values()
-    return rows, ours / exact
+    return [{"what": what, "pairs": pairs, "seconds a step": cost} for pairs, cost in costs.items()], ratios
 
 
 def main() -> None:
     """Measure and publish."""
     given = arguments(__doc__, seeds=3, latents=4096, features=4096, k=12, steps=600, wide=32_768, rounds=3)
     truth = build(Truth(features=given.features), generator_for(0, "truth"))
-    rows, shares = gain_rows(truth, given)
-    ratios = {"gain_share": statistics.fmean(shares), "smallest_gain_share": min(shares)}
-    more, ratios["cost_share"] = cost_rows(given.wide, given.rounds)
-    publish("omega", [*rows, *more], ratios, given.json)
+    rows, gains = gain_rows(truth, given)
+    more, costs = cost_rows(given.wide, given.rounds)
+    publish("omega", [*rows, *more], gains | costs, given.json)
 
 
 if __name__ == "__main__":

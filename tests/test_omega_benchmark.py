@@ -28,6 +28,13 @@ def test_a_short_run_is_published(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["omega.py", "--json", str(out), *arguments])
     omega.main()
     result = json.loads(out.read_text())
-    assert result["name"] == "omega" and set(result["ratios"]) == {"gain_share", "smallest_gain_share", "cost_share"}
-    assert [row["pairs"] for row in result["rows"][:3]] == list(omega.WAYS)
-    assert result["ratios"]["cost_share"] > 0 and "all pairs, every step" in capsys.readouterr().out
+    names = {"gain_share", "smallest_gain_share", "cost_share"}
+    assert result["name"] == "omega" and set(result["ratios"]) == names | {f"{name}_often" for name in names}
+    assert [row["pairs"] for row in result["rows"][:4]] == list(omega.WAYS)
+    left = [row["Ω"] for row in result["rows"][:4]]
+    expected = [(left[0] - value) / (left[0] - left[3]) for value in left[1:3]]
+    assert [result["ratios"]["gain_share"], result["ratios"]["gain_share_often"]] == pytest.approx(expected)
+    assert (
+        0 < result["ratios"]["cost_share"] < result["ratios"]["cost_share_often"]
+        and "all pairs, every step" in capsys.readouterr().out
+    )

@@ -10,9 +10,9 @@ import tiny
 
 from benchmarks import profile_run
 
-UNUSED = {"activations.py:largest", "loop.py:save", "screen.py:_left"}
-"""Functions of other architectures, of longer runs and of other processors."""
-SPARSE_ONLY = {"sparse.py:sum_rows", "sparse.py:row_products", "activations.py:_kept", "sparse.py:pairs"}
+UNUSED = {"activations.py:largest", "loop.py:save", "screen.py:_left", "sae_probes.py:_training_texts"}
+"""Functions of other architectures and workloads, of longer runs and of other processors."""
+SPARSE_ONLY = {"sparse.py:sum_rows", "sparse.py:row_products", "activations.py:_kept", "sparse.py:grouped"}
 
 
 @pytest.fixture(params=["run_6", "run_1"])
