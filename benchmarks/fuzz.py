@@ -133,7 +133,7 @@ class Sae(Target):
         """Its weights are the file's, as read by hand, and finite."""
         config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
         found = _read_by_hand(folder / "sae_weights.safetensors")
-        shapes = {"W_enc": value.enc_DF, "b_enc": value.enc_bias_F, "W_dec": value.dec_FD}
+        shapes = {"W_enc": value.enc_FD.T, "b_enc": value.enc_bias_F, "W_dec": value.dec_FD}
         same = all(torch.equal(found[name], weights.detach()) for name, weights in shapes.items())
         bias_D = value.mean_D + value.dec_bias_D
         sizes = (value.d_in, value.latents) == (config["d_in"], config["d_sae"])

@@ -76,7 +76,7 @@ def make_families(state: TrainState) -> None:
     common_GD /= common_GD.norm(dim=1, keepdim=True)
     dec_FD += common_GD.to(dec_FD.device).repeat_interleave(FAMILY, 0)
     state.sae.normalise_decoder()
-    state.sae.enc_DF.copy_(dec_FD.T)
+    state.sae.enc_FD.copy_(dec_FD)
 
 
 def gaussian(shape: Shape, device: str) -> list[Tensor]:

@@ -86,7 +86,7 @@ def make_sae(store: ActivationStore, latents: int, folder: Path) -> None:
     with torch.no_grad():
         sae.mean_D.copy_(sample_ND.mean(0))
         for part in torch.arange(latents).split(1024):
-            pre_NP = (sample_ND - sae.mean_D) @ sae.enc_DF[:, part]
+            pre_NP = (sample_ND - sae.mean_D) @ sae.enc_FD[part].T
             kept = max(1, round(ACTIVE / latents * len(pre_NP)))
             sae.enc_bias_F[part] = -pre_NP.topk(kept, dim=0).values[-1]
     save_sae(folder, sae, model="minilm", layer=LAYER, context=CONTEXT, dataset="none", beside={})

@@ -209,7 +209,7 @@ def growth_rows(
     low_BD = acts[0].bfloat16()
     for latents in sizes:
         state = fresh_state("batchtopk", (width, latents, batch, k), True, DEVICE)
-        low_DF = state.sae.enc_DF.detach().bfloat16()
+        low_DF = state.sae.enc_FD.detach().bfloat16().T
         jobs[f"step {latents}"] = lambda state=state: train_step(state, acts[state.step % 4])
         jobs |= {f"{name} {latents}": work for name, (work, _) in occasional(state).items()}
         every = {name: steps for name, (_, steps) in occasional(state).items()}

@@ -34,7 +34,7 @@ def fold(sae: SAE) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """Architecture name, tensors and architecture fields in SAELens' terms, in raw-activation units."""
     scale, latents = sae.scale.double(), sae.latents
     norm_F = sae.dec_FD.double().norm(dim=1).clamp_min(1e-12)
-    enc_DF = sae.enc_DF.double() * norm_F
+    enc_DF = sae.enc_FD.double().T * norm_F
     tensors = {
         "W_enc": enc_DF,
         "b_enc": (sae.enc_bias_F.double() * norm_F + sae.dec_bias_D.double() @ enc_DF) / scale,
@@ -108,7 +108,7 @@ def load_sae(folder: Path) -> SAE:
     sae = SAE(width, latents, _activation(folder, architecture, config, weights), generator=torch.Generator())
     centred = _field(folder, {"apply_b_dec_to_input": True} | config, "apply_b_dec_to_input", bool)
     with torch.no_grad():
-        sae.enc_DF.copy_(weights["W_enc"])
+        sae.enc_FD.copy_(weights["W_enc"].T)
         sae.enc_bias_F.copy_(weights["b_enc"])
         sae.dec_FD.copy_(weights["W_dec"])
         (sae.mean_D if centred else sae.dec_bias_D).copy_(weights["b_dec"])

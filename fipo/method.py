@@ -38,7 +38,7 @@ class Reservoir:
     revive_every: int = 50
     """Steps between revivals; none in the last fifth of training, where the rate is too low to learn a new latent."""
     encoder_scale: float = 0.5
-    """Norm of a revived encoder column, in units of the mean norm of the live ones."""
+    """Norm of a revived encoder row, in units of the mean norm of the live ones."""
 
     def __post_init__(self) -> None:
         require(self.slots > 0, "reservoir.slots", self.slots, "a positive number of slots")

@@ -108,7 +108,7 @@ def _pieces(chunks: Iterable[Chunk], most: int | None) -> Iterator[Chunk]:
 def encode_in(sae: SAE, acts_BD: Tensor, dtype: torch.dtype) -> Tensor:
     """Codes [B, F] of model activations, all arithmetic in `dtype`; for an SAE in raw units, as saved ones are."""
     x_BD = acts_BD.to(dtype) - sae.mean_D.to(dtype)
-    pre_BF = x_BD @ sae.enc_DF.to(dtype) + sae.enc_bias_F.to(dtype)
+    pre_BF = x_BD @ sae.enc_FD.to(dtype).T + sae.enc_bias_F.to(dtype)
     threshold = threshold_of(sae.activation)
     return sae.activation(pre_BF) if threshold is None else torch.where(pre_BF > threshold.to(pre_BF), pre_BF, 0)
 

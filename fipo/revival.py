@@ -1,7 +1,7 @@
 """Revival of dead latents from the activation reservoir (METHOD section 2).
 
 The reservoir holds tokens that were reconstructed badly. A latent that has been silent too long becomes the detector
-of one of them: decoder row and encoder column take its direction, the encoder scaled to the live latents, and the
+of one of them: decoder and encoder row take its direction, the encoder scaled to the live latents, and the
 Adam moments of both are cleared, since they belong to the old direction. After Bricken et al. 2023 ("neuron
 resampling"), with the reservoir in place of one batch. Shapes: B tokens, D model width, F latents, R slots.
 """
@@ -23,12 +23,12 @@ def revive(
     inputs_ND = candidates_RD[: latents.shape[0]]
     unit_ND = inputs_ND / inputs_ND.norm(dim=1, keepdim=True).clamp_min(1e-12)
     live_F = ~dead_F
-    norm = sae.enc_DF[:, live_F].norm(dim=0).mean() if live_F.any() else sae.enc_DF.norm(dim=0).mean()
+    norm = sae.enc_FD[live_F].norm(dim=1).mean() if live_F.any() else sae.enc_FD.norm(dim=1).mean()
     sae.dec_FD[latents] = unit_ND
-    sae.enc_DF[:, latents] = encoder_scale * norm * unit_ND.T
+    sae.enc_FD[latents] = encoder_scale * norm * unit_ND
     sae.enc_bias_F[latents] = 0.0
-    for parameter, dimension in ((sae.dec_FD, 0), (sae.enc_DF, 1), (sae.enc_bias_F, 0)):
+    for parameter in (sae.dec_FD, sae.enc_FD, sae.enc_bias_F):
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in optimizer.state[parameter]:
-                optimizer.state[parameter][moment].index_fill_(dimension, latents, 0.0)
+                optimizer.state[parameter][moment][latents] = 0.0
     return latents

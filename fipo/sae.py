@@ -1,11 +1,11 @@
 """The sparse autoencoder.
 
     x = (acts - mean) · scale             standardise: zero mean, mean squared norm D
-    a = act(x enc + enc_bias)             codes, non-negative and sparse
+    a = act(x encᵀ + enc_bias)            codes, non-negative and sparse
     x̂ = a dec + dec_bias                  decoder rows are the dictionary, of unit norm
 
 Shapes: B tokens, D width of the model activation, F latents. The decoder's unit norm is a choice of gauge: the loss
-weighs codes by ‖dec_F‖, so scaling a row and its encoder column against each other changes nothing; we fix the scale
+weighs codes by ‖dec_F‖, so scaling a row and its encoder row against each other changes nothing; we fix the scale
 at 1 after every step. There is no `x - dec_bias` before the encoder (mean-centring does that work, and it would cost a
 matrix product in the backward pass).
 """
@@ -35,7 +35,7 @@ class SAE(nn.Module):
         dec_FD = torch.randn(latents, d_in, generator=generator)
         dec_FD /= dec_FD.norm(dim=1, keepdim=True)
         self.dec_FD = nn.Parameter(dec_FD)
-        self.enc_DF = nn.Parameter((gain * dec_FD).T)  # a latent's weights side by side, as its gradient comes
+        self.enc_FD = nn.Parameter(gain * dec_FD)  # a latent's weights side by side, as its gradient comes
         self.enc_bias_F = nn.Parameter(torch.zeros(latents))
         self.dec_bias_D = nn.Parameter(torch.zeros(d_in))
         self.activation = activation
@@ -59,8 +59,8 @@ class SAE(nn.Module):
     def pre_codes(self, x_BD: Tensor, latents_N: Tensor | None = None) -> Tensor:
         """Pre-activations [B, F] of standardised input, or [B, N] of the given latents alone."""
         if latents_N is not None:
-            return torch.addmm(self.enc_bias_F[latents_N], x_BD, self.enc_DF[:, latents_N])
-        return torch.addmm(self.enc_bias_F, x_BD, self.enc_DF)
+            return torch.addmm(self.enc_bias_F[latents_N], x_BD, self.enc_FD[latents_N].T)
+        return torch.addmm(self.enc_bias_F, x_BD, self.enc_FD.T)
 
     def training_codes(self, x_BD: Tensor, k: int) -> tuple[Tensor | None, Codes | Tensor]:
         """Pre-activations and codes [B, F] of standardised input, `k` a token where the activation has such a budget;
@@ -71,7 +71,7 @@ class SAE(nn.Module):
         with torch.no_grad():
             x_BD = working(x_BD)
             codes = self.activation(self.pre_codes(x_BD), as_pairs=True, k=k)
-        return None, attach(codes, x_BD, self.enc_DF, self.enc_bias_F)
+        return None, attach(codes, x_BD, self.enc_FD, self.enc_bias_F)
 
     def reconstruct(self, codes: Codes | Tensor) -> Tensor:
         """Standardised reconstruction [B, D] of codes [B, F], or of their pairs."""

@@ -42,7 +42,7 @@ def screened(sae: SAE, l0: float) -> Callable[[Tensor], Tensor | Pairs]:
     `sae.encode`. Decided once, so that pooling some texts again gives the same bits."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    usable = sae.enc_DF.device.type == "cpu" and threshold_of(sae.activation) is not None and sae.latents % 4 == 0
+    usable = sae.enc_FD.device.type == "cpu" and threshold_of(sae.activation) is not None and sae.latents % 4 == 0
     return Screen(sae) if fast and usable and l0 <= MOST * sae.latents else sae.encode
 
 
@@ -59,7 +59,7 @@ class Screen:
         """Codes of model activations [B, D]."""
         x_BD, latents = self.sae.standardise(acts_BD), self.sae.latents
         latent_N, token_N = self._left(x_BD)
-        values_N = row_products(x_BD, token_N, self.sae.enc_DF.T, latent_N) + self.sae.enc_bias_F[latent_N]
+        values_N = row_products(x_BD, token_N, self.sae.enc_FD, latent_N) + self.sae.enc_bias_F[latent_N]
         on_N = values_N > threshold_of(self.sae.activation).expand(latents)[latent_N]
         return Pairs(torch.where(on_N, values_N, 0), token_N, latent_N)
 
@@ -93,7 +93,7 @@ def _minus_latents(sae: SAE) -> Tensor:
     `error` bounds what the sums in float32, here and of the exact values, lose, and c in two parts: where s is near 0
     (and only there does it matter) c is no larger than ‖x‖ ‖w‖.
     """
-    weights_FD, error = sae.enc_DF.T, 2**-14 + sae.d_in * 2**-22
+    weights_FD, error = sae.enc_FD, 2**-14 + sae.d_in * 2**-22
     rounded_FD = weights_FD.bfloat16()
     size_F1, lost_F1 = (part_FD.norm(dim=1, keepdim=True) for part_FD in (weights_FD, weights_FD - rounded_FD))
     offset_F1 = (sae.enc_bias_F - threshold_of(sae.activation))[:, None]

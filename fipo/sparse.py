@@ -1,6 +1,6 @@
 """Codes as pairs (token, latent): a training step whose cost beyond the encoder's product grows with L0, not with F.
 
-    a_n      = (x enc + enc_bias)[token_n, latent_n]           the N pairs that an activation chose
+    a_n      = (x encᵀ + enc_bias)[token_n, latent_n]          the N pairs that an activation chose
     part_m   = Σ_{n: level m} a_n dec[latent_n]                a token's parts, level by level
     ∂a_n     = ⟨∂part[token_n, level_n], dec[latent_n]⟩
     ∂dec_f   = Σ_{n: latent_n = f} a_n ∂part[token_n, level_n]
@@ -78,11 +78,11 @@ def positive(codes: Codes | Tensor) -> Tensor:
     return values[values > 0]
 
 
-def attach(codes: Codes, x_BD: Tensor, enc_DF: Tensor, enc_bias_F: Tensor) -> Codes:
+def attach(codes: Codes, x_BD: Tensor, enc_FD: Tensor, enc_bias_F: Tensor) -> Codes:
     """The same codes as a function of the encoder, for the backward pass; `x_BD` is data, as the encoder's product took
     it, and gets no gradient."""
     places = codes.token_N, codes.order_N, codes.ends_S
-    return codes._replace(values_N=_Encode.apply(enc_DF, enc_bias_F, x_BD, codes.values_N, *places))
+    return codes._replace(values_N=_Encode.apply(enc_FD, enc_bias_F, x_BD, codes.values_N, *places))
 
 
 def decode_pairs(codes: Codes, dec_FD: Tensor, level_F: Tensor | None, levels: int) -> Tensor:
@@ -113,11 +113,11 @@ def working(rows: Tensor) -> Tensor:
 
 
 class _Encode(torch.autograd.Function):
-    """Values that were found without a graph, with the gradient of x enc + enc_bias at the positive ones."""
+    """Values that were found without a graph, with the gradient of x encᵀ + enc_bias at the positive ones."""
 
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> Tensor:
-        _enc_DF, _enc_bias_F, x_BD, values_N, *places = given
+        _enc_FD, _enc_bias_F, x_BD, values_N, *places = given
         ctx.save_for_backward(x_BD, values_N, *places)
         return values_N.clone()
 
@@ -127,7 +127,7 @@ class _Encode(torch.autograd.Function):
         x_BD, values_N, token_N, order_N, ends_S = ctx.saved_tensors
         grad_N = torch.where(values_N > 0, grad_N, 0)[order_N]
         grad_FD = sum_rows(x_BD, token_N[order_N], grad_N, ends_S)
-        return grad_FD.T, torch.segment_reduce(grad_N, "sum", offsets=ends_S, initial=0), *[None] * 5
+        return grad_FD, torch.segment_reduce(grad_N, "sum", offsets=ends_S, initial=0), *[None] * 5
 
 
 class _Decode(torch.autograd.Function):

@@ -60,9 +60,8 @@ class TrainState:
 
         self.sae.load_state_dict(part("sae."))
         for name, parameter in self.sae.named_parameters():
-            self.optimizer.state[parameter] = {  # strides are the parameter's: fused Adam runs through memory
-                moment: torch.empty_like(parameter if value.dim() else value, device=parameter.device).copy_(value)
-                for moment, value in part(f"adam.{name}.").items()
+            self.optimizer.state[parameter] = {
+                moment: value.to(parameter.device, copy=True) for moment, value in part(f"adam.{name}.").items()
             }
         self.importance.load_state_dict(part("importance."))
         if self.reservoir is not None:

@@ -42,7 +42,7 @@ def test_random_sae_has_the_size_and_l0_asked_for(l0):
     control = random_sae(64, l0, sample_BD, seeded(3))
     assert control.latents == 64 and not control.training
     assert (control.encode(sample_BD) > 0).sum().item() / 400 == pytest.approx(l0, abs=1 / 400)
-    assert torch.allclose(control.enc_DF, control.dec_FD.T) and torch.allclose(control.mean_D, sample_BD.mean(0))
+    assert torch.allclose(control.enc_FD, control.dec_FD) and torch.allclose(control.mean_D, sample_BD.mean(0))
 
 
 def test_random_sae_knows_nothing_of_the_trained_one():
@@ -65,10 +65,10 @@ def test_code_scale_sees_what_is_not_folded():
     width = 12
     sae = SAE(width, width, ReLU(), generator=seeded())
     with torch.no_grad():
-        sae.enc_DF.copy_(torch.eye(width))
+        sae.enc_FD.copy_(torch.eye(width))
         sae.dec_FD.copy_(torch.eye(width))
     acts_BD = torch.rand(100, width, generator=seeded(1))
     assert code_scale(sae, acts_BD) == pytest.approx(1)
     with torch.no_grad():
-        sae.enc_DF.mul_(1e-3)
+        sae.enc_FD.mul_(1e-3)
     assert code_scale(sae, acts_BD) == pytest.approx(1e-3)

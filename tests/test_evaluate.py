@@ -24,7 +24,7 @@ PROBING = Probing(datasets=("x",), train_per_class=20, test_per_class=10, ks=(1,
 def subject(layer=0, seed=0, width=16, scale=1.0):
     sae = SAE(width, 32, ReLU(), generator=seeded(seed))
     with torch.no_grad():
-        sae.enc_DF.mul_(scale)
+        sae.enc_FD.mul_(scale)
     return Subject(layer, sae.eval(), f"weights {seed} {scale}")
 
 

@@ -30,7 +30,7 @@ def trained(architecture):
     generator = seeded()
     sae = SAE(WIDTH, LATENTS, build_activation(architecture, LATENTS, 3), generator=generator)
     with torch.no_grad():
-        for parameter in (sae.enc_DF, sae.enc_bias_F, sae.dec_FD, sae.dec_bias_D, sae.mean_D):
+        for parameter in (sae.enc_FD, sae.enc_bias_F, sae.dec_FD, sae.dec_bias_D, sae.mean_D):
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
         sae.mean_D.mul_(40)
         sae.scale.fill_(0.07)

@@ -42,7 +42,7 @@ def test_quality_equals_brute_force_however_the_tokens_are_batched(architecture)
 def test_a_perfect_sae_has_fvu_zero_and_one_that_gives_the_mean_has_one():
     model = SAE(WIDTH, 2 * WIDTH, build_activation("relu", 2 * WIDTH, 3), generator=toys.seeded())
     both_FD = torch.cat([torch.eye(WIDTH), -torch.eye(WIDTH)])
-    model.dec_FD.data, model.enc_DF.data = both_FD, both_FD.T.contiguous()
+    model.dec_FD.data, model.enc_FD.data = both_FD, both_FD.clone()
     assert quality(model, batches(30)).fvu < 1e-10 and quality(model, batches(30)).l0 == WIDTH
     model.enc_bias_F.data.fill_(-1000)
     model.dec_bias_D.data = batches(30)[0].mean(0)

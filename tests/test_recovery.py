@@ -29,7 +29,7 @@ def perfect(model: SyntheticModel) -> SAE:
     order = torch.randperm(len(model.features_GD), generator=toys.seeded(3))
     sae = SAE(model.features_GD.shape[1], len(order), ReLU(), generator=toys.seeded(4))
     sae.dec_FD.data = model.features_GD[order].clone()
-    sae.enc_DF.data = model.features_GD[order].T.clone()
+    sae.enc_FD.data = model.features_GD[order].clone()
     sae.enc_bias_F.data = -model.features_GD[order] @ model.bias_D - 0.02
     sae.dec_bias_D.data = model.bias_D.clone()
     return sae
@@ -67,7 +67,8 @@ def test_measures_equal_those_of_saelens():
     """`eval_sae_on_synthetic_data` on the same tokens; numbers from benchmarks/saelens_reference.py."""
     case = {name: torch.tensor(value) for name, value in REFERENCE["evaluation"]["tensors"].items()}
     sae = SAE(*case["enc_DF"].shape, ReLU(), generator=toys.seeded())
-    for name in ("enc_DF", "enc_bias_F", "dec_FD", "dec_bias_D"):
+    sae.enc_FD.data = case["enc_DF"].T
+    for name in ("enc_bias_F", "dec_FD", "dec_bias_D"):
         getattr(sae, name).data = case[name]
     halves = []
     for part in (slice(0, 20), slice(20, None)):
@@ -106,7 +107,7 @@ def test_absorption_of_a_planted_sae():
     sae = perfect(model)
     cos_FG = absolute_cosines(sae.dec_FD, model.features_GD)
     child = int(model.children_GK[0, 0])
-    sae.enc_DF.data[:, cos_FG[:, 0].argmax()] -= 50 * model.features_GD[child]
+    sae.enc_FD.data[cos_FG[:, 0].argmax()] -= 50 * model.features_GD[child]
     sae.dec_FD.data[cos_FG[:, child].argmax()] = (model.features_GD[child] + model.features_GD[0]) / math.sqrt(2)
     fires_NG = torch.cat([s.values_BG > 0 for s in samples])
     pairs = (fires_NG[:, model.parent_G >= 0]).sum().item()

@@ -31,12 +31,11 @@ def inputs(count: int) -> torch.Tensor:
 
 def tensors(sae: SAE, optimizer: torch.optim.Adam) -> dict[str, torch.Tensor]:
     """Rows by latent of all that revival may touch."""
-    parts = {"dec": (sae.dec_FD, 0), "enc": (sae.enc_DF, 1), "bias": (sae.enc_bias_F, 0)}
     result = {}
-    for name, (parameter, dimension) in parts.items():
-        result[name] = parameter.detach().movedim(dimension, 0).clone()
+    for name, parameter in {"dec": sae.dec_FD, "enc": sae.enc_FD, "bias": sae.enc_bias_F}.items():
+        result[name] = parameter.detach().clone()
         for moment in ("exp_avg", "exp_avg_sq"):
-            result[f"{name}.{moment}"] = optimizer.state[parameter][moment].movedim(dimension, 0).clone()
+            result[f"{name}.{moment}"] = optimizer.state[parameter][moment].clone()
     return result
 
 
@@ -44,7 +43,7 @@ def test_dead_latents_detect_the_inputs_and_forget_their_moments():
     sae, optimizer = trained()
     dead_F, inputs_RD = dead_latents(1, 4, 6), inputs(5)
     before = tensors(sae, optimizer)
-    live_norm = sae.enc_DF[:, ~dead_F].norm(dim=0).mean()
+    live_norm = sae.enc_FD[~dead_F].norm(dim=1).mean()
     assert revive(sae, optimizer, dead_F, inputs_RD, 0.5).tolist() == dead_F.nonzero().squeeze(1).tolist()
     after = tensors(sae, optimizer)
     unit_ND = inputs_RD[:3] / inputs_RD[:3].norm(dim=1, keepdim=True)
@@ -86,4 +85,4 @@ def test_all_dead_before_the_first_step():
     sae = SAE(WIDTH, LATENTS, ReLU(), gain=2.0, generator=toys.seeded())
     revived = revive(sae, torch.optim.Adam(sae.parameters()), dead_latents(*range(LATENTS)), inputs(LATENTS), 0.5)
     assert revived.numel() == LATENTS
-    assert torch.allclose(sae.enc_DF.norm(dim=0), torch.ones(LATENTS)) and sae.dec_FD.isfinite().all()
+    assert torch.allclose(sae.enc_FD.norm(dim=1), torch.ones(LATENTS)) and sae.dec_FD.isfinite().all()

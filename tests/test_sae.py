@@ -38,7 +38,7 @@ def test_the_equations_of_the_docstring():
         model.mean_D.normal_(generator=toys.seeded(3))
         model.scale.fill_(2.5)
     x_BD = (acts_BD - model.mean_D) * 2.5
-    codes_BF = (x_BD @ model.enc_DF + model.enc_bias_F).clamp_min(0)
+    codes_BF = (x_BD @ model.enc_FD.T + model.enc_bias_F).clamp_min(0)
     x_hat_BD = codes_BF @ model.dec_FD + model.dec_bias_D
     assert torch.allclose(model.standardise(acts_BD), x_BD) and torch.allclose(model.encode(acts_BD), codes_BF)
     assert torch.allclose(model.reconstruct(codes_BF), x_hat_BD, atol=1e-6)
@@ -64,7 +64,7 @@ def test_half_precision_input_is_standardised_in_float32():
 def test_fresh_rows_have_unit_norm_and_the_encoder_is_their_transpose_times_gain():
     model = sae(gain=0.25)
     assert torch.allclose(model.dec_FD.norm(dim=1), torch.ones(LATENTS))
-    assert torch.equal(model.enc_DF, 0.25 * model.dec_FD.T)
+    assert torch.equal(model.enc_FD, 0.25 * model.dec_FD)
     assert (model.d_in, model.latents) == (WIDTH, LATENTS)
 
 

@@ -50,9 +50,9 @@ def narrow(margin, spread, offset):
     x_BD[:, 1] = offset
     sae = SAE(WIDTH, 64, ReLU(), gain=3.0, generator=seeded(6))
     with torch.no_grad():
-        sae.enc_DF[1] = 1.0
-        pre_F = (x_BD.double() @ sae.enc_DF.double()).diagonal()
-        size_F = x_BD.double().norm(dim=1) * sae.enc_DF.double().norm(dim=0)
+        sae.enc_FD[:, 1] = 1.0
+        pre_F = (x_BD.double() @ sae.enc_FD.double().T).diagonal()
+        size_F = x_BD.double().norm(dim=1) * sae.enc_FD.double().norm(dim=1)
         sae.enc_bias_F.copy_(margin * size_F - pre_F)
     return x_BD, sae
 
@@ -74,14 +74,14 @@ def test_nothing_is_missed_where_the_rounding_is_at_its_worst(rounded):
     x_BD, sae = tokens(64, 5), SAE(WIDTH, 64, ReLU(), generator=seeded(6))
     lost_BD = x_BD - x_BD.bfloat16().float()
     if rounded == "tokens":
-        sae.enc_DF.copy_(lost_BD.sign().T)
+        sae.enc_FD.copy_(lost_BD.sign())
     elif rounded == "weights":
-        sae.enc_DF.copy_(x_BD.T)
+        sae.enc_FD.copy_(x_BD)
         x_BD = lost_BD.sign()
     else:
-        x_BD, sae.enc_DF[:] = 1.421875 * torch.eye(WIDTH)[:64], 1.4453125 * torch.eye(WIDTH)[:, :64]
-    pre_F = (x_BD.double() @ sae.enc_DF.double()).diagonal()
-    size_F = x_BD.double().norm(dim=1) * sae.enc_DF.double().norm(dim=0)
+        x_BD, sae.enc_FD[:] = 1.421875 * torch.eye(WIDTH)[:64], 1.4453125 * torch.eye(WIDTH)[:64]
+    pre_F = (x_BD.double() @ sae.enc_FD.double().T).diagonal()
+    size_F = x_BD.double().norm(dim=1) * sae.enc_FD.double().norm(dim=1)
     sae.enc_bias_F.copy_(1e-5 * size_F - pre_F)
     latent_N, token_N = Screen(sae)._left(x_BD)
     assert set(range(64)) <= set(token_N[latent_N == token_N].tolist())

@@ -73,14 +73,14 @@ def test_the_optimiser_sees_the_sum_of_the_terms(monkeypatch):
     monkeypatch.setattr(state.sae, "project_decoder_gradient", lambda: None)
     train_step(state, acts_BD)
     sae, share = twin.sae, penalty_share(config, 2)
-    codes_BF = (acts_BD @ sae.enc_DF + sae.enc_bias_F).relu()
+    codes_BF = (acts_BD @ sae.enc_FD.T + sae.enc_bias_F).relu()
     loss = (acts_BD - codes_BF @ sae.dec_FD - sae.dec_bias_D).pow(2).mean()
     loss = loss + share * 0.01 * (codes_BF.sum(1).mean())
     omega = objective.orthogonality(sae.dec_FD, twin.importance.values(), twin.pairs_P2)
     loss = loss + share * 0.3 * omega
     twin.optimizer.zero_grad()
     loss.backward()
-    assert torch.allclose(sae.enc_DF.grad, state.sae.enc_DF.grad, atol=1e-6)
+    assert torch.allclose(sae.enc_FD.grad, state.sae.enc_FD.grad, atol=1e-6)
     along_FD = 0.01 * share * codes_BF.detach().mean(0)[:, None] * sae.dec_FD.detach()
     assert torch.allclose(sae.dec_FD.grad + along_FD, state.sae.dec_FD.grad, atol=1e-6), "L1 also pulls at the norm"
 
@@ -114,7 +114,7 @@ def test_resume_is_bitwise_and_a_fresh_run_is_not(name, tmp_path):
     run(second, batches[7:])
     assert not differing(snapshot(whole), snapshot(second))
     without = run(toys.fresh(config), batches[7:])
-    assert {"sae.dec_FD", "sae.enc_DF", "adam.dec_FD.exp_avg", "importance.mean_F", "step"} <= set(
+    assert {"sae.dec_FD", "sae.enc_FD", "adam.dec_FD.exp_avg", "importance.mean_F", "step"} <= set(
         differing(snapshot(whole), snapshot(without))
     )
     if name in ("run_3", "run_6"):
@@ -247,16 +247,16 @@ def test_the_step_is_adam_s_after_clipping(clip):
     for acts_BD in toys.activations(3):
         free.load_state_dict(snapshot(state))
         train_step(free, acts_BD)
-        gradient_DF, before_DF = free.sae.enc_DF.grad, state.sae.enc_DF.detach().clone()
+        gradient_FD, before_FD = free.sae.enc_FD.grad, state.sae.enc_FD.detach().clone()
         norm = torch.stack([p.grad.norm() for p in free.sae.parameters()]).norm()
-        gradient_DF = gradient_DF * (clip / norm).clamp_max(1)
-        old = state.optimizer.state[state.sae.enc_DF]
-        mean_DF, square_DF = (old[m].clone() if old else torch.zeros(()) for m in ("exp_avg", "exp_avg_sq"))
+        gradient_FD = gradient_FD * (clip / norm).clamp_max(1)
+        old = state.optimizer.state[state.sae.enc_FD]
+        mean_FD, square_FD = (old[m].clone() if old else torch.zeros(()) for m in ("exp_avg", "exp_avg_sq"))
         train_step(state, acts_BD)
-        mean_DF = (0.9 * mean_DF + 0.1 * gradient_DF) / (1 - 0.9**state.step)
-        square_DF = (0.999 * square_DF + 0.001 * gradient_DF.pow(2)) / (1 - 0.999**state.step)
-        moved_DF = learning_rate(config, state.step - 1) * mean_DF / (square_DF.sqrt() + 1e-8)
-        assert torch.allclose(state.sae.enc_DF, before_DF - moved_DF, atol=1e-6)
+        mean_FD = (0.9 * mean_FD + 0.1 * gradient_FD) / (1 - 0.9**state.step)
+        square_FD = (0.999 * square_FD + 0.001 * gradient_FD.pow(2)) / (1 - 0.999**state.step)
+        moved_FD = learning_rate(config, state.step - 1) * mean_FD / (square_FD.sqrt() + 1e-8)
+        assert torch.allclose(state.sae.enc_FD, before_FD - moved_FD, atol=1e-6)
     assert (norm > 0.01).all()
 
 
@@ -275,7 +275,8 @@ def test_autocast_is_close_to_float32():
 def with_reference_weights(state: TrainState) -> dict[str, torch.Tensor]:
     """Load the tensors on which SAELens' losses were computed; returns them."""
     tensors = {name: torch.tensor(value) for name, value in REFERENCE["tensors"].items()}
-    for name in ("enc_DF", "enc_bias_F", "dec_FD", "dec_bias_D"):
+    tensors["enc_FD"] = tensors.pop("enc_DF").T
+    for name in ("enc_FD", "enc_bias_F", "dec_FD", "dec_bias_D"):
         getattr(state.sae, name).data.copy_(tensors[name])
     return tensors
 
@@ -310,9 +311,9 @@ def test_loss_and_gradients_equal_those_of_saelens(name):
     assert scale * terms.reconstruction.item() == pytest.approx(reconstruction, rel=1e-5)
     assert scale * terms.total.item() == pytest.approx(expected["loss"], rel=1e-5)
     terms.total.backward()
-    for parameter, value in expected["gradients"].items():
-        theirs, ours = torch.tensor(value), scale * getattr(sae, parameter).grad
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5), parameter
+    ours = {"enc_DF": sae.enc_FD.grad.T, "enc_bias_F": sae.enc_bias_F.grad, "dec_FD": sae.dec_FD.grad}
+    for name, value in expected["gradients"].items():
+        assert torch.allclose(scale * ours[name], torch.tensor(value), rtol=1e-4, atol=1e-5), name
 
 
 def test_a_penalty_of_every_third_step_has_three_times_its_weight():
@@ -351,7 +352,7 @@ def test_a_frozen_decoder_stays_bitwise_and_the_rest_learns(architecture, tmp_pa
         {name: value for name, value in before.items() if name.startswith("sae.")},
         {name: value for name, value in snapshot(state).items() if name.startswith("sae.")},
     )
-    assert "sae.dec_FD" not in changed and {"sae.enc_DF", "sae.enc_bias_F", "sae.dec_bias_D"} <= set(changed)
+    assert "sae.dec_FD" not in changed and {"sae.enc_FD", "sae.enc_bias_F", "sae.dec_bias_D"} <= set(changed)
     assert torch.equal(before["sae.dec_FD"], snapshot(toys.fresh(replace(config, frozen_decoder=False)))["sae.dec_FD"])
     save_tensors(tmp_path / "state.safetensors", state.state_dict())
     resumed = toys.fresh(config)
@@ -486,9 +487,9 @@ def test_revival_points_dead_latents_at_the_reservoir_and_resets_their_clock():
     assert any(torch.equal(held_RD[0], row_D) for row_D in torch.cat(batches)), "the reservoir holds training tokens"
     assert torch.allclose(state.sae.dec_FD[dead], held_RD / held_RD.norm(dim=1, keepdim=True))
     assert not state.importance.silent_tokens_F[dead].any() and not state.sae.enc_bias_F[dead].any()
-    for parameter, index in ((state.sae.dec_FD, dead), (state.sae.enc_DF, (slice(None), dead))):
+    for parameter in (state.sae.dec_FD, state.sae.enc_FD):
         moments = state.optimizer.state[parameter]
-        assert not moments["exp_avg"][index].any() and not moments["exp_avg_sq"][index].any()
+        assert not moments["exp_avg"][dead].any() and not moments["exp_avg_sq"][dead].any()
     assert (state.sae.encode(held_RD)[range(3), dead] > 0).all()
 
 

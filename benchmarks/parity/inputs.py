@@ -141,7 +141,7 @@ def planted_sae(width: int, latents: int, seed: int) -> SAE:
     sae = SAE(width, latents, ReLU(), generator=torch.Generator())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        sae.enc_DF.copy_(torch.randint(-64, 65, (width, latents), generator=generator) / 128)
+        sae.enc_FD.copy_(torch.randint(-64, 65, (width, latents), generator=generator).T / 128)
         sae.dec_FD.copy_(torch.randint(-64, 65, (latents, width), generator=generator) / 128)
         sae.enc_bias_F.copy_(torch.randint(-128, 1, (latents,), generator=generator) / 128)
         sae.mean_D.copy_(torch.randint(-64, 65, (width,), generator=generator) / 256)
