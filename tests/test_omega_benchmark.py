@@ -36,5 +36,5 @@ def test_a_short_run_is_published(tmp_path, monkeypatch, capsys):
     assert [result["ratios"]["gain_share"], result["ratios"]["gain_share_often"]] == pytest.approx(expected)
     assert (
         0 < result["ratios"]["cost_share"] < result["ratios"]["cost_share_often"]
-        and "all pairs, every step" in capsys.readouterr().out
+        and "all pairs, searched every step" in capsys.readouterr().out
     )
