@@ -27,6 +27,7 @@ from fipo.data.prepare import statistics as mean_and_scale
 from fipo.lsh import candidate_pairs
 from fipo.metrics import max_cosines
 from fipo.objective import orthogonality
+from fipo.priority import precedence
 from fipo.randomness import generator_for
 from fipo.synthetic import SyntheticModel, Truth, build
 from fipo.train import TrainState, build_state, train_step
@@ -54,7 +55,7 @@ def dearest_pairs(unit_FD: Tensor, sigma_F: Tensor, rows: int = 1024) -> Tensor:
     found = []
     for members_N in torch.arange(len(unit_FD), device=unit_FD.device).split(rows):
         own_N1 = sigma_F[members_N, None]
-        cost_NF = (unit_FD[members_N] @ unit_FD.T).relu_().square_() * (sigma_F / (sigma_F + own_N1 + 1e-30))
+        cost_NF = (unit_FD[members_N] @ unit_FD.T).relu_().square_() * precedence(sigma_F, own_N1)
         cost_N, partner_N = cost_NF.masked_fill_(sigma_F[None, :] <= own_N1, 0.0).max(1)
         found.append(torch.stack([members_N, partner_N], 1)[cost_N > 0])
     return torch.cat(found)
@@ -107,7 +108,7 @@ def gain_rows(truth: SyntheticModel, given: Any) -> tuple[list[dict[str, Any]], 
 
 def cost_rows(latents: int, rounds: int, width: int = 768) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Seconds a step of all, and LSH's shares."""
-    generator, settings = torch.Generator().manual_seed(0), LSH()
+    generator, settings = torch.Generator().manual_seed(0), SOUGHT[""]
     dec_FD = torch.randn(latents, width, generator=generator)
     dec_FD += 0.8 * torch.randn(latents // 4, width, generator=generator).repeat(4, 1)
     dec_FD = (dec_FD / dec_FD.norm(dim=1, keepdim=True)).requires_grad_()

@@ -79,7 +79,8 @@ def candidate_pairs(
     planes_DTS = torch.randn(width, tables, bits, generator=generator, device=generator.device).to(unit_FD.device)
     buckets_FT = bucket_numbers(unit_FD, planes_DTS, autocast)
     numbers_F = torch.arange(latents, device=unit_FD.device)
-    rows_RD = torch.cat([unit_FD, unit_FD.new_zeros(1, width)]).to(torch.bfloat16 if autocast else unit_FD.dtype)
+    compared_FD = unit_FD.bfloat16() if autocast else unit_FD
+    rows_RD = torch.cat([compared_FD, compared_FD.new_zeros(1, width)])
     least = min_cosine - 2**-7 if autocast else min_cosine
     found = []
     if held_P2 is not None:
@@ -92,8 +93,8 @@ def candidate_pairs(
         close_QCC = torch.bmm(rows_QCD, rows_QCD.mT) >= least
         queue_N, left_N, right_N = close_QCC.triu_(1).nonzero(as_tuple=True)
         first_N, second_N = held_QC[queue_N, left_N], held_QC[queue_N, right_N]
-        least_N = torch.minimum(first_N, second_N)
-        found.append((least_N * latents + torch.maximum(first_N, second_N))[least_N >= 0])
+        smaller_N = torch.minimum(first_N, second_N)
+        found.append((smaller_N * latents + torch.maximum(first_N, second_N))[smaller_N >= 0])
     codes_P = torch.cat(found).unique()
     pairs_P2 = torch.stack([codes_P // latents, codes_P % latents], dim=1)
     first_P, second_P = pairs_P2.T.contiguous()

@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from fipo.sparse import grouped
+
 EMPTY = -math.inf
 
 
@@ -112,10 +114,10 @@ class BucketQueues:
         """
         queues, capacity = self.keys_QC.shape
         by_key_B = keys_B.argsort(descending=True, stable=True)
-        order_B = by_key_B[queue_B[by_key_B].argsort(stable=True)]
+        sorted_B, starts_S = grouped(queue_B[by_key_B], queues)
+        order_B = by_key_B[sorted_B]
         row_B = queue_B[order_B]
-        starts_Q = torch.searchsorted(row_B, torch.arange(queues, device=row_B.device))
-        column_B = torch.arange(row_B.shape[0], device=row_B.device) - starts_Q[row_B]
+        column_B = torch.arange(row_B.shape[0], device=row_B.device) - starts_S[row_B]
         fits_B = column_B < capacity
         place = (row_B[fits_B], column_B[fits_B])
         new_keys_QC = torch.full_like(self.keys_QC, EMPTY).index_put(place, keys_B[order_B[fits_B]].to(self.keys_QC))
