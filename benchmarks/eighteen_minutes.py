@@ -26,7 +26,8 @@ from fipo.config import LSH
 from fipo.data.harvest import Chunk
 from fipo.pooling import pool
 from fipo.randomness import generator_for
-from fipo.train import build_state, train_step
+from fipo.state import build_state
+from fipo.train import train_step
 
 BUDGET = 18 * 60
 """Seconds."""

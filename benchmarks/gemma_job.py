@@ -29,7 +29,8 @@ from fipo.loop import build_all
 from fipo.pooling import FeatureMap, pool_or_read
 from fipo.randomness import generator_for
 from fipo.sae import SAE
-from fipo.train import TrainState, train_step
+from fipo.state import TrainState
+from fipo.train import train_step
 from fipo.workloads import GEMMA_2_2B
 
 PHASES = ("LM forward", "harvest and buffer", "SAE steps", "probing: LM forward", "probing: encode and pool")

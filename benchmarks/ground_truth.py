@@ -33,8 +33,9 @@ from fipo.provenance import hardware, provenance
 from fipo.randomness import generator_for
 from fipo.records import require
 from fipo.recovery import Recovery, recovery
+from fipo.state import TrainState, build_state
 from fipo.synthetic import SyntheticModel, Truth, build
-from fipo.train import TrainState, build_state, train_step
+from fipo.train import train_step
 
 Row = dict[str, Any]
 JUDGED = {"mcc": "mcc", "explained_variance": "explained_variance"} | {

@@ -29,8 +29,9 @@ from fipo.metrics import max_cosines
 from fipo.objective import orthogonality
 from fipo.priority import precedence
 from fipo.randomness import generator_for
+from fipo.state import TrainState, build_state
 from fipo.synthetic import SyntheticModel, Truth, build
-from fipo.train import TrainState, build_state, train_step
+from fipo.train import train_step
 
 
 def often(steps: int) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from benchmarks.common import interleaved
 from fipo.config import LSH, Importance, Levels, Optimiser, Penalty, Probing, Reservoir, RunConfig, Text, Workload
-from fipo.train import TrainState, build_state, decoder_penalty, refresh_pairs, train_step
+from fipo.state import TrainState, build_state
+from fipo.train import decoder_penalty, refresh_pairs, train_step
 
 Shape = tuple[int, int, int, int]
 
@@ -97,7 +98,7 @@ def occasional(state: TrainState) -> dict[str, tuple[Callable[[], object], int]]
         state.step = step
 
     def omega() -> None:
-        grad_FD.add_(torch.autograd.grad(decoder_penalty(state, penalty), state.sae.dec_FD)[0])
+        grad_FD.add_(torch.autograd.grad(decoder_penalty(state, penalty, state.pairs_P2), state.sae.dec_FD)[0])
 
     return {"refresh": (refresh, LSH().refresh_every), "omega": (omega, Penalty().every)}
 

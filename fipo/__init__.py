@@ -12,7 +12,8 @@ from fipo.export import load_sae, save_sae
 from fipo.importance import ImportanceEMA
 from fipo.reservoir import BucketQueues, PriorityReservoir
 from fipo.sae import SAE
-from fipo.train import TrainState, build_state, train_step
+from fipo.state import TrainState, build_state
+from fipo.train import train_step
 
 # PyTorch asks for large pages once it allocates, on Linux: the pages of a step's large tensors are then not met one by
 # one, a fifth of the time of a step at F = 16,384.

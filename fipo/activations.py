@@ -15,10 +15,12 @@ The search for the largest values goes through tiles: latents f, f + F/G, f + 2F
 whose maximum is large enough are opened. The result is that of a search through everything.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from fipo.sparse import Codes, pairs, positive
+from fipo.sparse import Codes, kernels_for, pairs
 
 TILE = 8
 """G. The maxima cost one fast pass and leave an eighth to search."""
@@ -40,10 +42,10 @@ class Activation(nn.Module):
     def observe(self, codes: Codes | Tensor) -> None:
         """Learn from one training batch's codes what inference needs; called by the training step alone."""
 
-    def shortage(self) -> float:
-        """How short the budget of active latents is, from 0 (nothing of weight is cut off) to 1; 0 without a budget,
-        or where it is not known."""
-        return 0.0
+    def shortage(self) -> Tensor:
+        """How short the budget of active latents is, from 0 (nothing of weight is cut off) to 1, 0-d; 0 without a
+        budget, or where it is not known."""
+        return torch.zeros(())
 
 
 def ordered(values: Tensor) -> Tensor:
@@ -61,13 +63,16 @@ def largest(pre_BF: Tensor, k: int) -> Tensor:
     """Latents [B, K] of each token's K largest values: those of the K tiles of largest maximum hold them. Among the
     negative, which give no code, bfloat16 may choose otherwise."""
     pre_BF = ordered(pre_BF)
+    kernels = kernels_for(pre_BF) if pre_BF.dtype == torch.int16 else None
+    if kernels and pre_BF.shape[1] <= kernels.LONGEST:
+        return kernels.largest(pre_BF, k)
     tiles_BGT = _tiles(pre_BF)
     if tiles_BGT.shape[2] < 2 * k or tiles_BGT.shape[1] == 1:
         return pre_BF.topk(k, dim=-1, sorted=False).indices
     tiles_BK = largest(tiles_BGT.amax(1), k)
     firsts_G = torch.arange(0, pre_BF.shape[1], tiles_BGT.shape[2], device=pre_BF.device)
     latents_BN = (tiles_BK[:, None, :] + firsts_G[:, None]).flatten(1)
-    return latents_BN.gather(1, pre_BF.gather(1, latents_BN).topk(k, dim=-1, sorted=False).indices)
+    return latents_BN.gather(1, largest(pre_BF.gather(1, latents_BN), k))
 
 
 def above(pre_BF: Tensor, maxima_BT: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,10 +156,18 @@ class BatchTopK(Activation):
         return candidates.topk(count, sorted=False).values.min()
 
     def _kept(self, pre_BF: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, tokens and latents of the positive codes. The search starts at the running threshold, as in
-        `_boundary`; without one, or with too few values above it, at the boundary of the tiles' maxima, below which
-        none can be."""
+        """Values, tokens and latents of the positive codes, on a GPU with zeros after them. The search starts at the
+        running threshold, as in `_boundary`; without one, or with too few values above it, at the boundary of the
+        tiles' maxima, below which none can be."""
         assert self.training, "in evaluation the threshold decides, token by token"
+        kernels = kernels_for(pre_BF) if pre_BF.dtype == torch.bfloat16 else None
+        if kernels:
+            places_N, found = kernels.largest_of_batch(
+                ordered(pre_BF), count, ordered(0.95 * self.threshold.bfloat16())
+            )
+            there_N = torch.arange(len(places_N), device=found.device) < found
+            values_N = torch.where(there_N, pre_BF.flatten()[places_N], 0)
+            return values_N, places_N // pre_BF.shape[1], places_N % pre_BF.shape[1]
         maxima_BT = _tiles(ordered(pre_BF)).amax(1).view(pre_BF.dtype)
         found = above(pre_BF, maxima_BT, 0.95 * self.threshold) if self.threshold > 0 else None
         if found is None or found[0].numel() < count:
@@ -172,17 +185,19 @@ class BatchTopK(Activation):
     @torch.no_grad()
     def observe(self, codes: Codes | Tensor) -> None:
         """Let the inference threshold learn from one training batch's codes."""
-        kept = positive(codes)
-        none = self.threshold.new_zeros(())
-        new_2 = torch.stack([kept.min().float(), kept.float().mean()]) if kept.numel() else torch.stack([none, none])
+        values = (codes.values_N if isinstance(codes, Codes) else codes).flatten().float()
+        kept = values > 0
+        least = torch.where(kept, values, math.inf).amin() if len(values) else self.threshold.new_full((), math.inf)
+        mean = values.clamp_min(0).sum() / kept.sum().clamp_min(1)
+        new_2 = torch.stack([torch.where(least < math.inf, least, 0), mean])
         sums_2 = self.decay * self._weight * torch.stack([self.threshold, self.mean]) + (1 - self.decay) * new_2
         self._weight.copy_(self.decay * self._weight + (1 - self.decay))
         self.threshold.copy_(sums_2[0] / self._weight)
         self.mean.copy_(sums_2[1] / self._weight)
 
-    def shortage(self) -> float:
+    def shortage(self) -> Tensor:
         """The smallest code kept over the mean one, on average: how much a token lost with the next code."""
-        return (self.threshold / self.mean.clamp_min(1e-12)).item()
+        return self.threshold / self.mean.clamp_min(1e-12)
 
 
 class _Step(torch.autograd.Function):

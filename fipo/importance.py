@@ -69,7 +69,7 @@ class ImportanceEMA:
         norm_F = norm_F if self.norm == "l1" else norm_F.sqrt()
         self.mean_F.mul_(self.decay).add_(norm_F, alpha=1 - self.decay)
         self.weight.mul_(self.decay).add_(1 - self.decay)
-        self.silent_tokens_F = torch.where(self._largest_F > 0, 0, self.silent_tokens_F + tokens)
+        self.silent_tokens_F.add_(tokens).masked_fill_(self._largest_F > 0, 0)
         self._sum_F.zero_()
         self._largest_F.zero_()
         self._tokens = 0

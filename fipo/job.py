@@ -32,8 +32,8 @@ from fipo.metrics import max_cosines, quality
 from fipo.provenance import hardware, provenance
 from fipo.report import FINAL, OUTCOMES
 from fipo.signals import StopSignals
+from fipo.state import TrainState
 from fipo.summary import outcomes
-from fipo.train import TrainState
 
 LOCK = ".lock"
 TO_LOWER = "workload.context, workload.latents or workload.probing.train_per_class"

@@ -14,7 +14,9 @@ import torch
 from fipo.errors import UserError
 from fipo.files import parse_json, write_text
 from fipo.metrics import max_cosines
-from fipo.train import StepReport, TrainState, learning_rate
+from fipo.schedules import learning_rate
+from fipo.state import TrainState
+from fipo.train import StepReport
 
 SIGMA_QUANTILES = (0.1, 0.5, 0.9, 0.99)
 HISTOGRAM_BINS = 50

@@ -22,7 +22,8 @@ from fipo.progress import progress, say
 from fipo.randomness import generator_for
 from fipo.records import to_dict
 from fipo.signals import StopSignals
-from fipo.train import TrainState, build_state, train_step
+from fipo.state import TrainState, build_state
+from fipo.train import train_step
 
 LOG = "training_log.jsonl"
 CHECKPOINTS = "checkpoints"

@@ -37,7 +37,8 @@ def project(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
     if not autocast:
         return (rows_FD @ planes_DK).unflatten(1, planes_DTS.shape[1:])
     projected_FK = torch.empty(rows_FD.shape[0], planes_DK.shape[1], dtype=torch.bfloat16, device=rows_FD.device)
-    planes_DK, size = planes_DK.bfloat16(), max(32, rows_FD.shape[0] // 512)
+    parts = 512 if rows_FD.device.type == "cpu" else 16  # a GPU is given few kernels
+    planes_DK, size = planes_DK.bfloat16(), max(32, rows_FD.shape[0] // parts)
     with torch.autocast(rows_FD.device.type, dtype=torch.bfloat16):
         for part_ND, result_NK in zip(rows_FD.split(size), projected_FK.split(size), strict=True):
             result_NK.copy_(part_ND @ planes_DK)
@@ -85,9 +86,14 @@ def candidate_pairs(
     found = []
     if held_P2 is not None:
         found.append(held_P2[:, 0] * latents + held_P2[:, 1])
-    for table in range(tables):
-        queues = BucketQueues(2**bits, capacity, device=unit_FD.device)
-        queues.offer(buckets_FT[:, table], priority_F, numbers_F)
+    at_once = 1 if unit_FD.device.type == "cpu" else tables
+    for buckets_FN in buckets_FT.split(at_once, dim=1):
+        tables_N = torch.arange(buckets_FN.shape[1], device=unit_FD.device)
+        queues = BucketQueues(len(tables_N) * 2**bits, capacity, device=unit_FD.device)
+        queue_FN = buckets_FN + tables_N * 2**bits
+        queues.offer(
+            *(of_FN.expand_as(queue_FN).flatten() for of_FN in (queue_FN, priority_F[:, None], numbers_F[:, None]))
+        )
         held_QC = queues.items_QC
         rows_QCD = rows_RD[held_QC]  # an empty place is -1: the last row, all zeros
         close_QCC = torch.bmm(rows_QCD, rows_QCD.mT) >= least

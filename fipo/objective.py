@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
 from fipo.priority import by_priority, precedence
-from fipo.sparse import grouped, row_products, sum_rows
+from fipo.sparse import grouped, kernels_for, row_products, sum_rows
 
 _TOKENS = 256
 """Tokens whose residuals of all levels stay in the cache of a core."""
@@ -43,7 +43,7 @@ def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
 
 
 def nested_error(
-    parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float = 0.0, plain: float = 0.0
+    parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float | Tensor = 0.0, plain: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """L_rec, the mean over the levels of their squared errors, and x̂_M [B, D], without a gradient (METHOD 4b).
 
@@ -61,19 +61,32 @@ class _NestedError(torch.autograd.Function):
 
         g_m = (1 - plain)·h_m + plain·M·r_M,      h_M = r_M,      h_m = r_m + (1-s)·h_{m+1}
 
-    Both passes over the levels are done on few tokens at a time, which stay in the cache; a GPU takes all at once. The
+    Both passes over the levels are done on few tokens at a time, which stay in the cache. The
     residuals are kept in units in which they are the gradient: c r with c = 2 / (M B D).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float, plain: float
+        ctx: Any, parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float | Tensor, plain: float
     ) -> tuple[Tensor, Tensor]:
-        levels = range(parts_BMD.shape[1])
+        both_passes = kernels.nested_error if (kernels := kernels_for(x_BD)) else _NestedError.passes
+        grad_BMD, x_hat_BD, squares_M = both_passes(parts_BMD, bias_D, x_BD, stop_gradient, plain)
+        ctx.save_for_backward(grad_BMD)
+        ctx.mark_non_differentiable(x_hat_BD)
+        ctx.set_materialize_grads(False)
+        errors_M = squares_M / x_BD.numel()
+        return torch.lerp(errors_M.mean(), errors_M[-1], plain), x_hat_BD
+
+    @staticmethod
+    def passes(
+        parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float | Tensor, plain: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """g, x̂_M and every level's squared error, summed over B and D, [M]."""
+        levels, passed = range(parts_BMD.shape[1]), 1 - float(stop_gradient)
         grad_BMD, x_hat_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
         squares_M, c = x_BD.new_zeros(len(levels)), 2 / parts_BMD.numel()
-        whole, tokens = (parts_BMD, x_BD, grad_BMD, x_hat_BD), _TOKENS if x_BD.device.type == "cpu" else len(x_BD)
-        for part_NMD, x_ND, grad_NMD, x_hat_ND in zip(*(rows.split(tokens) for rows in whole), strict=True):
+        whole = (parts_BMD, x_BD, grad_BMD, x_hat_BD)
+        for part_NMD, x_ND, grad_NMD, x_hat_ND in zip(*(rows.split(_TOKENS) for rows in whole), strict=True):
             residual_MND = x_BD.new_empty(len(levels), *x_ND.shape)
             last_ND = torch.sub(c * bias_D, x_ND, alpha=c)
             for level in levels:
@@ -82,21 +95,19 @@ class _NestedError(torch.autograd.Function):
             squares_M += torch.linalg.vector_norm(residual_MND, dim=(1, 2)).pow(2)
             plain_ND = len(levels) * plain * last_ND if plain else None
             for level in levels[-2::-1]:
-                residual_MND[level].add_(residual_MND[level + 1], alpha=1 - stop_gradient)
+                residual_MND[level].add_(residual_MND[level + 1], alpha=passed)
             if plain_ND is not None:
                 residual_MND.mul_(1 - plain).add_(plain_ND)
             grad_NMD.copy_(residual_MND.transpose(0, 1))
-        ctx.save_for_backward(grad_BMD)
-        ctx.mark_non_differentiable(x_hat_BD)
-        ctx.set_materialize_grads(False)
-        errors_M = squares_M / (c**2 * x_BD.numel())
-        return torch.lerp(errors_M.mean(), errors_M[-1], plain), x_hat_BD
+        return grad_BMD, x_hat_BD, squares_M / c**2
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         (grad_BMD,) = ctx.saved_tensors
-        if grad.device.type != "cpu" or grad != 1:  # a step's L_rec has weight 1; a GPU would be waited for
+        if kernels := kernels_for(grad):
+            kernels.scale(grad_BMD, grad)
+        elif grad != 1:  # a step's L_rec has weight 1
             grad_BMD = grad_BMD * grad
         return grad_BMD, grad_BMD[:, 0].sum(0, dtype=grad.dtype), None, None, None
 
@@ -131,7 +142,8 @@ def orthogonality(
     `less_important` only the less important of a pair pays, as in Gram-Schmidt by importance; with `both` each pays its
     own share. A latent's payments are reduced by `max` or `sum`, or by `unbiased`: the sum with every pair weighted by
     1 / `probability`(cos), its chance of being a candidate, which estimates the sum over all pairs. Ω is the mean over
-    the F latents. Anti-parallel rows do not compete for the same tokens and pay nothing.
+    the F latents. Anti-parallel rows do not compete for the same tokens and pay nothing; nor does a latent
+    that is paired with itself, by which pairs can be filled up to a number.
 
     `dec_FD` has any row norms; `held_FD` are the rows that hold (default: `dec_FD`, detached). No pair: exactly 0.
     """
@@ -142,7 +154,7 @@ def orthogonality(
 
     def payments(payer_P: Tensor, holder_P: Tensor, share_P: Tensor) -> Tensor:
         cos_P = _Cosines.apply(dec_FD, rows_RD, payer_P, holder_P + first_held)
-        cost_P = share_P * (cos_P - margin).relu().pow(2)
+        cost_P = share_P * (payer_P != holder_P) * (cos_P - margin).relu().pow(2)
         return cost_P / probability(cos_P.detach()) if estimator == "unbiased" and probability else cost_P
 
     payer_P, cost_P = lower_P, payments(lower_P, upper_P, share_P)
@@ -174,7 +186,9 @@ class _Cosines(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
         rows_RD, norm_R, *places = ctx.saved_tensors
-        paying_N = grad_P.nonzero().squeeze(1)
+        paying_N = (
+            grad_P.nonzero().squeeze(1) if grad_P.device.type == "cpu" else slice(None)
+        )  # a GPU would be waited for
         grad_N, payer_N, holder_N, cos_N = (part[paying_N] for part in (grad_P, *places))
         weight_N = grad_N / norm_R[payer_N]
         weights = torch.cat([weight_N / norm_R[holder_N], -weight_N * cos_N / norm_R[payer_N]])

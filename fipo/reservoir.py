@@ -38,7 +38,7 @@ class PriorityReservoir:
     ) -> None:
         """`half_life`: offers (steps) after which an item's weight counts half against a new one's."""
         self.rate = math.log(2) / half_life
-        self.offers = 0
+        self.offers = torch.zeros((), dtype=torch.int64, device=device)
         self.keys_R = torch.full((slots,), EMPTY, dtype=torch.float64, device=device)
         self.items_R = torch.zeros(slots, *item_shape, device=device)
 
@@ -78,13 +78,13 @@ class PriorityReservoir:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Keys, items and the clock."""
-        return {"keys_R": self.keys_R, "items_R": self.items_R, "offers": torch.tensor(self.offers)}
+        return {"keys_R": self.keys_R, "items_R": self.items_R, "offers": self.offers}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""
         self.keys_R.copy_(state["keys_R"])
         self.items_R.copy_(state["items_R"])
-        self.offers = int(state["offers"])
+        self.offers.copy_(state["offers"])
 
 
 def _true_places(mask_N: Tensor, most: int) -> Tensor:

@@ -3,7 +3,10 @@
 A step is counted from 0. Nothing here is state: a resumed run is at the same place of every schedule.
 """
 
+from torch import Tensor
+
 from fipo.config import RunConfig
+from fipo.method import Levels
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -26,13 +29,18 @@ def penalty_share(config: RunConfig, step: int) -> float:
     return min(1.0, (step + 1) / max(1.0, config.optimiser.penalty_warmup * config.workload.steps))
 
 
-def stop_gradient(config: RunConfig, step: int, shortage: float = 0.0) -> float:
-    """s of the levels: rises from 0 to its full strength over their `rise`, as far as the budget is not short."""
+def stop_gradient(config: RunConfig, step: int) -> float:
+    """s of the levels: rises from 0 to its full strength over their `rise`; 0 without levels."""
     levels = config.levels
-    assert levels is not None
+    if levels is None:
+        return 0.0
+    return levels.stop_gradient * min(1.0, (step + 1) / max(1.0, levels.rise * config.workload.steps))
+
+
+def spare_share(levels: Levels, shortage: Tensor) -> Tensor:
+    """Share of s that is in force at this shortage of the budget (`Activation.shortage`), 0-d."""
     first, last = levels.short
-    spare = min(1.0, max(0.0, (last - shortage) / (last - first)))
-    return levels.stop_gradient * spare * min(1.0, (step + 1) / max(1.0, levels.rise * config.workload.steps))
+    return ((last - shortage) / (last - first)).clamp(0, 1)
 
 
 def decoder_only(config: RunConfig, step: int) -> bool:

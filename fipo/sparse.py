@@ -15,6 +15,9 @@ whose sums are atomic. The dense path is the oracle (tests/test_sparse.py).
 Shapes: B tokens, D model width, F latents, N pairs, M levels, R rows, S = F + 1 ends of segments.
 """
 
+import functools
+import importlib.util
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +32,7 @@ class Codes(NamedTuple):
     values_N: Tensor
     """Codes, in float32 or wider."""
     token_N: Tensor
-    """Their tokens, rising."""
+    """Their tokens, rising; on a GPU not where the value is 0."""
     latent_N: Tensor
     """Their latents."""
     order_N: Tensor
@@ -42,11 +45,15 @@ class Codes(NamedTuple):
     def dense(self) -> Tensor:
         """[B, F]."""
         codes_BF = self.values_N.new_zeros(self.batch, self.ends_S.shape[0] - 1)
-        return codes_BF.index_put((self.token_N, self.latent_N), self.values_N)
+        return codes_BF.index_put((self.token_N, self.latent_N), self.values_N, accumulate=True)
+
+    def detach(self) -> "Codes":
+        """The same without a gradient."""
+        return self._replace(values_N=self.values_N.detach())
 
     def reduce(self, values_N: Tensor, how: str) -> Tensor:
         """`sum` or `max` (at least 0) of a number a pair over the pairs of every latent, [F]."""
-        return torch.segment_reduce(values_N[self.order_N], how, offsets=self.ends_S, initial=0)
+        return reduce_segments(values_N[self.order_N], self.ends_S, how)
 
 
 def pairs(values_N: Tensor, token_N: Tensor, latent_N: Tensor, batch: int, latents: int) -> Codes:
@@ -92,14 +99,42 @@ def decode_pairs(codes: Codes, dec_FD: Tensor, level_F: Tensor | None, levels: i
     return _Decode.apply(codes.values_N, dec_FD, *places).unflatten(0, (codes.batch, levels))
 
 
-def sum_rows(rows_RD: Tensor, row_N: Tensor, weight_N: Tensor, ends_S: Tensor) -> Tensor:
-    """Σ_n weight_n rows[row_n] over every segment of pairs, summed in float32 or wider, in the type of the rows."""
+def kernels_for(tensor: Tensor) -> ModuleType | None:
+    """`fipo.kernels` for a tensor on a GPU, where Triton is installed; else None: torch does it."""
+    return _kernels() if tensor.is_cuda else None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from fipo import kernels
+
+    return kernels
+
+
+def sum_rows(
+    rows_RD: Tensor, row_N: Tensor, weight_N: Tensor, ends_S: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Σ_n weight_n rows[row_n] over every segment of pairs, summed in float32 or wider, in the type of the rows; or in
+    `dtype`, where that costs nothing."""
+    if (kernels := kernels_for(rows_RD)) and rows_RD.dtype != torch.float64:
+        return kernels.sum_rows(rows_RD, row_N, weight_N, ends_S, dtype or rows_RD.dtype)
     weight_N = weight_N.to(rows_RD.dtype)
     return embedding_bag(row_N, rows_RD, ends_S, mode="sum", per_sample_weights=weight_N, include_last_offset=True)
 
 
+def reduce_segments(values_N: Tensor, ends_S: Tensor, how: str) -> Tensor:
+    """`sum` or `max` (at least 0) of the numbers of every segment."""
+    if (kernels := kernels_for(values_N)) and values_N.dtype != torch.float64:
+        return kernels.reduce_segments(values_N, ends_S, how)
+    return torch.segment_reduce(values_N, how, offsets=ends_S, initial=0)
+
+
 def row_products(left_RD: Tensor, left_N: Tensor, right_RD: Tensor, right_N: Tensor) -> Tensor:
     """⟨left[left_n], right[right_n]⟩ of every pair, without the [N, D] of both sides."""
+    if (kernels := kernels_for(left_RD)) and left_RD.dtype != torch.float64:
+        return kernels.row_products(left_RD, left_N, right_RD, right_N)
     if left_N.numel() == 0:
         return left_RD.new_zeros(0)
     dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
@@ -117,7 +152,8 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *given: Tensor) -> Tensor:
-        _enc_FD, _enc_bias_F, x_BD, values_N, *places = given
+        enc_FD, _enc_bias_F, x_BD, values_N, *places = given
+        ctx.dtype = enc_FD.dtype
         ctx.save_for_backward(x_BD, values_N, *places)
         return values_N.clone()
 
@@ -126,8 +162,8 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, values_N, token_N, order_N, ends_S = ctx.saved_tensors
         grad_N = torch.where(values_N > 0, grad_N, 0)[order_N]
-        grad_FD = sum_rows(x_BD, token_N[order_N], grad_N, ends_S)
-        return grad_FD, torch.segment_reduce(grad_N, "sum", offsets=ends_S, initial=0), *[None] * 5
+        grad_FD = sum_rows(x_BD, token_N[order_N], grad_N, ends_S, ctx.dtype)
+        return grad_FD, reduce_segments(grad_N, ends_S, "sum"), *[None] * 5
 
 
 class _Decode(torch.autograd.Function):
@@ -136,6 +172,7 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values_N: Tensor, dec_FD: Tensor, *places: Any) -> Tensor:
         bag_N, latent_N, order_N, ends_S, bags = places
+        ctx.dtype = dec_FD.dtype
         dec_FD = working(dec_FD)
         ctx.save_for_backward(values_N, dec_FD, bag_N, latent_N, order_N, ends_S)
         by_bag_N, ends_R = grouped(bag_N, bags)
@@ -149,5 +186,5 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_N = row_products(grad_RD, bag_N, dec_FD, latent_N)
         if ctx.needs_input_grad[1]:
-            grad_FD = sum_rows(grad_RD, bag_N[order_N], values_N[order_N], ends_S)
+            grad_FD = sum_rows(grad_RD, bag_N[order_N], values_N[order_N], ends_S, ctx.dtype)
         return grad_N, grad_FD, *[None] * 5

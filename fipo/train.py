@@ -4,90 +4,29 @@
 B tokens, D model width, F latents, P candidate pairs.
 """
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fipo import lsh, objective
-from fipo.activations import build_activation
-from fipo.checkpoint import check_tensors
-from fipo.config import RunConfig
 from fipo.decoding import decode, decode_levels
-from fipo.errors import UserError
-from fipo.importance import ImportanceEMA
 from fipo.method import Penalty
 from fipo.objective import Terms
-from fipo.randomness import generator_for
-from fipo.reservoir import PriorityReservoir
 from fipo.revival import revive
-from fipo.sae import SAE
-from fipo.schedules import active_latents, decoder_only, learning_rate, penalty_share, stop_gradient
+from fipo.schedules import active_latents, decoder_only, learning_rate, penalty_share, spare_share, stop_gradient
 from fipo.sparse import Codes, positive
-
-
-@dataclass
-class TrainState:
-    """One SAE in training. Whatever is not in here (or in the stream of activations) has no influence on the result."""
-
-    config: RunConfig
-    sae: SAE
-    optimizer: torch.optim.Optimizer
-    importance: ImportanceEMA
-    reservoir: PriorityReservoir | None
-    pairs_P2: Tensor
-    generator: torch.Generator
-    step: int = 0
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The whole state as flat tensors."""
-        tensors = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        for name, parameter in self.sae.named_parameters():
-            for moment, value in self.optimizer.state[parameter].items():
-                tensors[f"adam.{name}.{moment}"] = value
-        tensors |= {f"importance.{name}": value for name, value in self.importance.state_dict().items()}
-        if self.reservoir is not None:
-            tensors |= {f"reservoir.{name}": value for name, value in self.reservoir.state_dict().items()}
-        counters = {"pairs_P2": self.pairs_P2, "step": torch.tensor(self.step)}
-        return tensors | counters | {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` gave, in place; anything else is refused."""
-        check_tensors(tensors, self._expected(tensors), "checkpoint")
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-        self.sae.load_state_dict(part("sae."))
-        for name, parameter in self.sae.named_parameters():
-            self.optimizer.state[parameter] = {
-                moment: value.to(parameter.device, copy=True) for moment, value in part(f"adam.{name}.").items()
-            }
-        self.importance.load_state_dict(part("importance."))
-        if self.reservoir is not None:
-            self.reservoir.load_state_dict(part("reservoir."))
-        self.pairs_P2 = tensors["pairs_P2"].to(self.pairs_P2.device, copy=True)
-        self.step = int(tensors["step"])
-        self.generator.set_state(tensors["generator"].cpu())
-
-    def _expected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors like those that `load_state_dict` takes: Adam has moments once it has stepped, pairs any number."""
-        expected = self.state_dict()
-        if int(tensors.get("step", torch.zeros(1)).sum()):
-            for name, parameter in self.sae.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                expected |= {f"adam.{name}.{moment}": parameter for moment in ("exp_avg", "exp_avg_sq")}
-                expected[f"adam.{name}.step"] = torch.zeros(())
-        pairs_P2 = tensors.get("pairs_P2", self.pairs_P2)
-        if pairs_P2.dim() == 2 and not ((pairs_P2 < 0) | (pairs_P2 >= self.sae.latents)).any():
-            expected["pairs_P2"] = pairs_P2.new_zeros(pairs_P2.shape[0], 2, dtype=torch.int64)
-        return expected
+from fipo.state import TrainState
+from fipo.update import UNCHECKED, update
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step leaves to look at. Nothing is computed, and no device waited for, until it is asked."""
+    """What a step leaves to look at. Nothing is computed, and no device waited for, until it is asked; on a GPU the
+    next step of the same state writes over it."""
 
     terms: Terms
     x_BD: Tensor
@@ -105,73 +44,135 @@ class StepReport:
         return positive(self.codes).numel() / self.x_BD.shape[0]
 
 
-def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, device: str = "cpu") -> TrainState:
-    """A fresh state for one layer, whose activations have the given mean and scale to mean squared norm D."""
-    workload, width = config.workload, mean_D.shape[0]
-    activation = build_activation(config.architecture, workload.latents, workload.k)
-    # With half of F random latents active, x̂ ≈ gain · F / (2 D) · x: start the dense architectures at x̂ ≈ x.
-    gain = 1.0 if config.architecture in ("topk", "batchtopk") else min(1.0, 2 * width / workload.latents)
-    sae = SAE(width, workload.latents, activation, gain=gain, generator=generator_for(config.seed, "init", layer))
-    sae.mean_D.copy_(mean_D)
-    sae.scale.fill_(scale)
-    sae.to(device)
-    sae.dec_FD.requires_grad_(not config.frozen_decoder)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, betas=config.optimiser.betas, fused=True)
-    settings = config.importance
-    importance = ImportanceEMA(
-        workload.latents,
-        decay=settings.decay if settings else 0.999,
-        norm=settings.norm if settings else "l1",
-        device=device,
-    )
-    importance.attach(sae.activation)
-    reservoir = None
-    if config.reservoir is not None:
-        half_life = config.reservoir.half_life_steps
-        reservoir = PriorityReservoir(config.reservoir.slots, (width,), half_life=half_life, device=device)
-    return TrainState(
-        config=config,
-        sae=sae,
-        optimizer=optimizer,
-        importance=importance,
-        reservoir=reservoir,
-        pairs_P2=torch.zeros(0, 2, dtype=torch.int64, device=device),
-        generator=generator_for(config.seed, "train", layer, device=device),
-    )
+class Plan(NamedTuple):
+    """Which parts a step has."""
+
+    k: int
+    """Active latents a token, where there is a budget."""
+    frozen: bool
+    """Is it of the last phase, in which the decoder alone learns?"""
+    penalised: bool
+    """Has it a penalty on the decoder?"""
+    dead: bool
+    """May a latent be dead?"""
+
+
+class Numbers(NamedTuple):
+    """Where a step is in the schedules (`fipo.schedules`); tensors on a GPU."""
+
+    learning_rate: float | Tensor
+    penalty_share: float | Tensor
+    stop_gradient: float | Tensor
 
 
 def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
-    """One step on model activations [B, D]: the only mutator of `state`."""
-    config, sae, settings = state.config, state.sae, state.config.optimiser
-    frozen = decoder_only(config, state.step)
+    """One step on model activations [B, D]: the only mutator of `state`. `UserError` where it is not finite."""
     refresh_pairs(state)
+    plan, numbers = plan_of(state, len(acts_BD)), numbers_of(state)
+    if state.graphs is not None and recordable(state, plan):
+        report = state.graphs.run(
+            lambda acts_BD, pairs_P2, *numbers: compute(state, plan, Numbers(*numbers), acts_BD, pairs_P2),
+            plan,
+            [acts_BD, padded(state), *numbers],
+            state.generator,
+        )
+    else:
+        report = compute(state, plan, numbers, acts_BD, state.pairs_P2)
+    revive_dead(state)
+    state.step += 1
+    if state.step % UNCHECKED == 0:
+        state.faults.check(state.step)
+    return report
+
+
+def plan_of(state: TrainState, batch: int) -> Plan:
+    """Of the state's next step, on so many tokens."""
+    config, step = state.config, state.step
+    return Plan(
+        k=active_latents(config, step),
+        frozen=decoder_only(config, step),
+        penalised=config.penalty is not None and (step + 1) % config.penalty.every == 0,
+        dead=config.aux_weight > 0 and dead_possible(state, batch),
+    )
+
+
+def numbers_of(state: TrainState) -> Numbers:
+    """Of the state's next step."""
+    config, step = state.config, state.step
+    numbers = learning_rate(config, step), penalty_share(config, step), stop_gradient(config, step)
+    if state.graphs is None:
+        return Numbers(*numbers)
+    return Numbers(*(torch.full((), number, device=state.sae.dec_FD.device) for number in numbers))
+
+
+def dead_possible(state: TrainState, batch: int) -> bool:
+    """May a latent be dead in this step? A GPU, which would be waited for, is only asked when one can be."""
+    silent_F, most = state.importance.silent_tokens_F, state.config.workload.dead_tokens
+    if silent_F.device.type == "cpu" or several_ranks():
+        return True
+    if state.step >= state.alive_until:
+        state.alive_until = state.step + math.ceil((most - silent_F.max().item()) / batch)
+    return state.step >= state.alive_until
+
+
+def several_ranks() -> bool:
+    """Does this process train together with others?"""
+    return dist.is_available() and dist.is_initialized()
+
+
+def recordable(state: TrainState, plan: Plan) -> bool:
+    """Can the step be a recording? Then no shape in it may depend on a tensor's values."""
+    config, penalty, settings = state.config, state.config.penalty, state.config.lsh
+    few_pairs = penalty is None or (
+        penalty.kind == "prioritised"
+        and penalty.estimator == "max"
+        and settings is not None
+        and settings.partners is not None
+        and len(state.pairs_P2) <= settings.partners * state.sae.latents
+    )
+    sparse = state.sae.activation.sparse and config.optimiser.autocast
+    return sparse and few_pairs and not several_ranks() and not plan.frozen and not plan.dead
+
+
+def padded(state: TrainState) -> Tensor:
+    """The candidate pairs, filled up to as many as there can be by pairs of a latent with itself, which are free."""
+    settings = state.config.lsh
+    most = settings.partners * state.sae.latents if settings is not None and settings.partners is not None else 0
+    filled_P2 = (torch.arange(most, device=state.pairs_P2.device) % state.sae.latents)[:, None].repeat(1, 2)
+    filled_P2[: len(state.pairs_P2)] = state.pairs_P2
+    return filled_P2
+
+
+def compute(state: TrainState, plan: Plan, numbers: Numbers, acts_BD: Tensor, pairs_P2: Tensor) -> StepReport:
+    """What a step does at the device: loss, gradient, update, and what the state learns from the batch."""
+    config, sae = state.config, state.sae
     sae.train()
     x_BD = sae.standardise(acts_BD)
-    with torch.autocast(x_BD.device.type, dtype=torch.bfloat16, enabled=settings.autocast):
-        with torch.set_grad_enabled(not frozen):
-            pre_BF, codes = sae.training_codes(x_BD, active_latents(config, state.step))
-        terms, x_hat_BD = loss_terms(state, x_BD, pre_BF, codes, frozen)
+    with torch.autocast(x_BD.device.type, dtype=torch.bfloat16, enabled=config.optimiser.autocast, cache_enabled=False):
+        with torch.set_grad_enabled(not plan.frozen):
+            pre_BF, codes = sae.training_codes(x_BD, plan.k)
+        terms, x_hat_BD = loss_terms(state, plan, numbers, x_BD, pre_BF, codes, pairs_P2)
     state.optimizer.zero_grad()
     terms.total.backward()
-    sae.project_decoder_gradient()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
-    check_finite(state, terms, norm)
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step)
-    state.optimizer.grad_scale = (norm / settings.clip).clamp_min(1)  # fused Adam divides by it as it reads a gradient
-    state.optimizer.step()
-    if not config.frozen_decoder:
-        sae.normalise_decoder()
+    terms = Terms(*(term.detach() for term in terms))
+    update(sae, state.optimizer, terms, state.faults, state.step, numbers.learning_rate, config.optimiser.clip)
     with torch.no_grad():
+        codes = codes.detach()
         state.importance.commit()
         sae.activation.observe(codes)
-        revive_dead(state, x_BD, x_hat_BD)
-    state.step += 1
-    return StepReport(Terms(*(term.detach() for term in terms)), x_BD, x_hat_BD.detach(), codes)
+        if state.reservoir is not None:
+            state.reservoir.offer(x_BD, (x_BD - x_hat_BD).pow(2).sum(1), state.generator)
+    return StepReport(terms, x_BD, x_hat_BD.detach(), codes)
 
 
 def loss_terms(
-    state: TrainState, x_BD: Tensor, pre_BF: Tensor | None, codes: Codes | Tensor, frozen: bool
+    state: TrainState,
+    plan: Plan,
+    numbers: Numbers,
+    x_BD: Tensor,
+    pre_BF: Tensor | None,
+    codes: Codes | Tensor,
+    pairs_P2: Tensor,
 ) -> tuple[Terms, Tensor]:
     """L = L_rec + λ_s L_sparsity + α L_aux + λ_o Ω, each weighted, and the full reconstruction x̂ [B, D].
 
@@ -179,30 +180,30 @@ def loss_terms(
     have no L_sparsity. The pre-activations of dead latents, few as a rule, are computed again, with their gradient.
     """
     config, sae, workload = state.config, state.sae, state.config.workload
-    share = penalty_share(config, state.step)
     nothing = torch.zeros((), device=x_BD.device)
-    if config.levels is None or frozen:
-        parts_BMD, held, plain = decode(codes, sae.dec_FD)[:, None], 0.0, 0.0
+    if config.levels is None or plan.frozen:
+        parts_BMD, held, plain = decode(codes, sae.dec_FD)[:, None], nothing, 0.0
     else:
         parts_BMD = decode_levels(codes, sae.dec_FD, latent_levels(state), len(config.levels.shares))
-        held, plain = stop_gradient(config, state.step, sae.activation.shortage()), config.levels.plain
+        held, plain = spare_share(config.levels, sae.activation.shortage()) * numbers.stop_gradient, config.levels.plain
     reconstruction, x_hat_BD = objective.nested_error(parts_BMD, sae.dec_bias_D, x_BD, held, plain)
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
-    if not frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):
-        sparsity = workload.sparsity_penalty * share * sae.activation.sparsity(pre_BF, codes, sae.dec_FD)
-    if not frozen and config.aux_weight > 0:
+    if not plan.frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):
+        weight = workload.sparsity_penalty * numbers.penalty_share
+        sparsity = weight * sae.activation.sparsity(pre_BF, codes, sae.dec_FD)
+    if not plan.frozen and plan.dead:
         dead_N = (state.importance.silent_tokens_F >= workload.dead_tokens).nonzero().squeeze(1)
         if dead_N.numel():
             auxiliary = config.aux_weight * objective.auxiliary(
                 x_BD - x_hat_BD, sae.pre_codes(x_BD, dead_N), sae.dec_FD[dead_N], max(1, sae.d_in // 2)
             )
-    if config.penalty is not None and (state.step + 1) % config.penalty.every == 0:
-        weight = config.penalty.every * config.penalty.weight
-        orthogonality = weight * share * decoder_penalty(state, config.penalty)
+    if config.penalty is not None and plan.penalised:
+        weight = config.penalty.every * config.penalty.weight * numbers.penalty_share
+        orthogonality = weight * decoder_penalty(state, config.penalty, pairs_P2)
     return Terms(reconstruction, sparsity, auxiliary, orthogonality), x_hat_BD
 
 
-def decoder_penalty(state: TrainState, penalty: Penalty) -> Tensor:
+def decoder_penalty(state: TrainState, penalty: Penalty, pairs_P2: Tensor) -> Tensor:
     """Ω, or a rival's penalty, of the decoder rows; unweighted."""
     dec_FD = state.sae.dec_FD
     if penalty.kind == "ortsae":
@@ -214,7 +215,7 @@ def decoder_penalty(state: TrainState, penalty: Penalty) -> Tensor:
     return objective.orthogonality(
         dec_FD,
         state.importance.values(),
-        state.pairs_P2,
+        pairs_P2,
         estimator=penalty.estimator,
         yields=penalty.yields,
         margin=penalty.margin,
@@ -230,8 +231,8 @@ def latent_levels(state: TrainState) -> Tensor:
     rank_F = torch.arange(latents, device=device)
     if settings.order == "importance":
         rank_F[state.importance.values().argsort(descending=True, stable=True)] = rank_F.clone()
-    ends = torch.tensor([max(1, round(share * latents)) for share in settings.shares], device=device)
-    return torch.searchsorted(ends, rank_F, right=True)
+    ends = [max(1, round(share * latents)) for share in settings.shares]
+    return sum((rank_F >= end for end in ends[:-1]), torch.zeros_like(rank_F))
 
 
 def refresh_pairs(state: TrainState) -> None:
@@ -255,26 +256,14 @@ def refresh_pairs(state: TrainState) -> None:
     )
 
 
-def revive_dead(state: TrainState, x_BD: Tensor, x_hat_BD: Tensor) -> None:
-    """Offer the tokens to the reservoir by reconstruction error; every n steps revive dead latents from it."""
+def revive_dead(state: TrainState) -> None:
+    """Every n steps: revive dead latents from the reservoir."""
     settings, config = state.config.reservoir, state.config
     if settings is None or state.reservoir is None:
         return
-    state.reservoir.offer(x_BD, (x_BD - x_hat_BD).pow(2).sum(1), state.generator)
     late = state.step >= 0.8 * config.workload.steps or decoder_only(config, state.step)
     if late or (state.step + 1) % settings.revive_every:
         return
     dead_F = state.importance.silent_tokens_F >= config.workload.dead_tokens
     revived = revive(state.sae, state.optimizer, dead_F, state.reservoir.contents(), settings.encoder_scale)
     state.importance.silent_tokens_F[revived] = 0
-
-
-def check_finite(state: TrainState, terms: Terms, gradient_norm: Tensor) -> None:
-    """Stop before the update when the loss or its gradient is not finite."""
-    if torch.isfinite(terms.total + gradient_norm):
-        return
-    culprits = [name for name, term in terms._asdict().items() if not torch.isfinite(term)] or ["the gradient"]
-    raise UserError(
-        f"step {state.step}: the loss is not finite ({', '.join(culprits)}); the weights were not updated; "
-        "lower workload.learning_rate, or look for extreme activations in this layer"
-    )

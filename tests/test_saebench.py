@@ -9,7 +9,7 @@ from toys import run_config
 from fipo.config import Probing
 from fipo.export import save_sae
 from fipo.saebench import Setting, metric_name, sparse_probing_record
-from fipo.train import build_state
+from fipo.state import build_state
 
 TOP_LEVEL = (
     "eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics eval_result_details "

@@ -10,7 +10,8 @@ from fipo.activations import BatchTopK, TopK, build_activation, largest
 from fipo.decoding import decode_levels
 from fipo.importance import ImportanceEMA
 from fipo.sparse import Codes, attach, grouped, pairs_of, positive, row_products, sum_rows
-from fipo.train import TrainState, latent_levels, train_step
+from fipo.state import TrainState
+from fipo.train import latent_levels, train_step
 
 BATCH, LATENTS, WIDTH, LEVELS = 7, 40, 5, 3
 SPARSE = ["topk", "batchtopk"]

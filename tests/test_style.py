@@ -31,7 +31,7 @@ CORE = [
         "lsh",
         "revival",
     ),
-    *("metrics", "train", "schedules", "checkpoint", "files", "errors", "randomness"),
+    *("metrics", "train", "state", "update", "graphs", "schedules", "checkpoint", "files", "errors", "randomness"),
 ]
 TRACKERS = ["reservoir", "lsh", "importance"]
 RANDOM = {
@@ -40,7 +40,7 @@ RANDOM = {
     *("log_normal_", "dropout", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_"),
     *("orthogonal_", "trunc_normal_"),
 }
-OPTIONAL = ["transformers", "datasets", "pyarrow", "yaml", "matplotlib", "rich", "sklearn", "huggingface_hub"]
+OPTIONAL = ["triton", "transformers", "datasets", "pyarrow", "yaml", "matplotlib", "rich", "sklearn", "huggingface_hub"]
 
 
 def functions(tree: ast.AST):
@@ -174,13 +174,13 @@ def test_the_sae_knows_no_tracker():
         assert fipo_modules(name) <= {"activations", "decoding", "sparse", "priority"}, name
 
 
-def test_the_layers_point_down_and_only_the_step_knows_all():
+def test_the_layers_point_down_and_only_step_and_state_know_all():
     for name in CORE:
-        if name != "train":
-            assert "train" not in fipo_modules(name), name
+        if name not in ("train", "state"):
+            assert not {"train", "state"} & fipo_modules(name), name
             assert not (set(TRACKERS) & fipo_modules(name)) or name in TRACKERS, name
     assert fipo_modules("checkpoint") <= {"files", "errors"} and not fipo_modules("errors")
-    assert set(TRACKERS) <= fipo_modules("train")
+    assert set(TRACKERS) <= fipo_modules("train") | fipo_modules("state")
 
 
 def test_imports_have_no_cycle():

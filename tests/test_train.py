@@ -14,8 +14,10 @@ from fipo.config import LSH, Levels, Optimiser, Penalty, RunConfig
 from fipo.errors import UserError
 from fipo.metrics import max_cosines, quality
 from fipo.randomness import generator_for
-from fipo.schedules import active_latents, decoder_only, learning_rate, penalty_share, stop_gradient
-from fipo.train import TrainState, latent_levels, loss_terms, train_step
+from fipo.schedules import active_latents, decoder_only, learning_rate, penalty_share, spare_share, stop_gradient
+from fipo.sparse import Codes
+from fipo.state import TrainState
+from fipo.train import latent_levels, loss_terms, numbers_of, plan_of, train_step
 
 REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "saelens.json").read_text(encoding="utf-8"))["losses"]
 PLAIN = Levels(order="fixed", shares=(0.25, 1.0), stop_gradient=1.0, plain=1.0, decoder_only=0.0)
@@ -30,6 +32,12 @@ def run(state: TrainState, batches: list[torch.Tensor]) -> TrainState:
 
 def snapshot(state: TrainState) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in state.state_dict().items()}
+
+
+def terms_of(state: TrainState, x_BD: torch.Tensor, pre_BF: torch.Tensor | None, codes: Codes | torch.Tensor):
+    """The terms of the state's next step."""
+    plan, numbers = plan_of(state, len(x_BD)), numbers_of(state)
+    return loss_terms(state, plan, numbers, x_BD, pre_BF, codes, state.pairs_P2)
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
@@ -305,7 +313,7 @@ def test_loss_and_gradients_equal_those_of_saelens(name):
     pre_BF = sae.pre_codes(x_BD)
     codes_BF = sae.activation(pre_BF)
     assert (codes_BF > 0).sum().item() / len(x_BD) == expected["l0"]
-    terms, _ = loss_terms(state, x_BD, pre_BF, codes_BF, frozen=False)
+    terms, _ = terms_of(state, x_BD, pre_BF, codes_BF)
     scale = 6 * levels
     reconstruction = sum(value for part, value in expected["losses"].items() if "mse" in part)
     assert scale * terms.reconstruction.item() == pytest.approx(reconstruction, rel=1e-5)
@@ -326,7 +334,7 @@ def test_a_penalty_of_every_third_step_has_three_times_its_weight():
         x_BD, terms = state.sae.standardise(toys.activations(1)[0]), []
         for state.step in (3, 4, 5):
             pre_BF, codes = state.sae.training_codes(x_BD, 3)
-            terms.append(loss_terms(state, x_BD, pre_BF, codes, frozen=False)[0].orthogonality.item())
+            terms.append(terms_of(state, x_BD, pre_BF, codes)[0].orthogonality.item())
         assert [term > 0 for term in terms] == [every == 1, every == 1, True]
         sums[every] = sum(terms)
     assert sums[3] == pytest.approx(sums[1])
@@ -419,8 +427,8 @@ def test_the_stop_gradient_rises_to_its_strength():
 
 def test_the_stop_gradient_is_whole_only_where_the_budget_is_not_short():
     config = toys.run_config("run_6", steps=20, levels=Levels(stop_gradient=0.8, rise=0.0, short=(0.25, 0.75)))
-    found = [stop_gradient(config, 0, shortage) for shortage in (0.0, 0.25, 0.5, 0.75, 1.0)]
-    assert found == [0.8, 0.8, 0.4, 0.0, 0.0]
+    shares = spare_share(config.levels, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+    assert stop_gradient(config, 0) == 0.8 and shares.tolist() == [1.0, 1.0, 0.5, 0.0, 0.0]
 
 
 def test_the_step_lets_the_shortage_of_its_activation_decide(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fipo.config import LSH, Importance, Levels, Optimiser, Penalty, Probing, Reservoir, RunConfig, Text, Workload
-from fipo.train import TrainState, build_state
+from fipo.state import TrainState, build_state
 
 WIDTH, LATENTS, BATCH = 8, 16, 16
 

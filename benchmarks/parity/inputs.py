@@ -17,7 +17,8 @@ from benchmarks.ground_truth import METHODS, config_of
 from fipo.activations import ReLU
 from fipo.data.prepare import statistics
 from fipo.sae import SAE
-from fipo.train import build_state, train_step
+from fipo.state import build_state
+from fipo.train import train_step
 
 TRAIN, TEST, SEED = 40, 20, 42
 """Texts a class and seed of the eight datasets."""

@@ -49,7 +49,8 @@ def content_tokens(ids_BL: Tensor, acts_BLD: Tensor, special: dict[str, int]) ->
         numbers = [known[tuple(row[:length])] for row, length in zip(ids_BS.tolist(), length_B, strict=True)]
         return acts_BLD[numbers, : ids_BS.shape[1]][None]
 
-    lm = SimpleNamespace(special_ids=sorted(special.values()), pad_id=pad, activations=activations, layers=(0,))
+    special_ids = sorted(special.values())
+    lm = SimpleNamespace(special_ids=special_ids, pad_id=pad, activations=activations, layers=(0,), device="cpu")
     chunks = list(harvest(lm, rows))  # type: ignore[arg-type]
     counts = torch.bincount(torch.cat([chunk.text_N for chunk in chunks]), minlength=len(rows))
     return counts.tolist(), chunks

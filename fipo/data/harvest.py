@@ -14,6 +14,10 @@ from torch import Tensor
 from fipo.data.lm import LanguageModel
 from fipo.errors import UserError
 
+BATCH_TOKENS, BATCH_TOKENS_GPU = 2048, 16_384
+"""Tokens of a forward pass: few, which stay in a processor's cache, or enough for a GPU to work longer at than a pass
+takes to start."""
+
 
 class Chunk(NamedTuple):
     """Activations of one batch of rows."""
@@ -25,10 +29,12 @@ class Chunk(NamedTuple):
 
 
 def harvest(
-    lm: LanguageModel, rows: Iterable[list[int]], *, batch_tokens: int = 2048, window: int = 1024, skip: int = 0
+    lm: LanguageModel, rows: Iterable[list[int]], *, batch_tokens: int | None = None, window: int = 1024, skip: int = 0
 ) -> Iterator[Chunk]:
     """Activations of the content tokens of all rows, window by window. `skip`: content tokens left out at the start
-    (whole batches before it never reach the model): the place from which a resumed stream goes on."""
+    (whole batches before it never reach the model): the place from which a resumed stream goes on. `batch_tokens`: of
+    one forward pass, by default what suits the device."""
+    batch_tokens = batch_tokens or (BATCH_TOKENS if lm.device == "cpu" else BATCH_TOKENS_GPU)
     special = torch.tensor(lm.special_ids)
     for numbers, window_rows in _windows(rows, window):
         by_length = sorted(range(len(window_rows)), key=lambda index: (len(window_rows[index]), index))

@@ -1,0 +1,94 @@
+"""One update of the weights: gradients projected and clipped, Adam, decoder rows back to unit norm.
+
+On a GPU that is one kernel for each parameter (fipo.kernels), since memory binds it; elsewhere the same in torch. A
+step that is not finite changes no weight. Shapes: D model width, F latents.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fipo.errors import UserError
+from fipo.sae import SAE
+from fipo.sparse import kernels_for
+
+PARTS = ("reconstruction", "sparsity", "auxiliary", "orthogonality", "the gradient")
+"""What can fail to be finite: the terms of the loss, in their order, and its gradient."""
+UNCHECKED = 16
+"""Steps of a GPU after which it is asked for faults: it would have to be waited for."""
+
+
+class Faults:
+    """What has not been finite in any step so far."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.found_5 = torch.zeros(len(PARTS), dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def add(self, terms: Sequence[Tensor], gradient_norm: Tensor) -> Tensor:
+        """Note what is not finite; are all, now and before, 0-d?"""
+        self.found_5 |= ~torch.isfinite(torch.stack([*terms, gradient_norm]))
+        return ~self.found_5.any()
+
+    def check(self, step: int) -> None:
+        """`UserError` where something was not finite, by this step."""
+        found = self.found_5.tolist()
+        if not any(found):
+            return
+        if self.found_5.device.type == "cpu":  # the step had no effect at all, and the state is good
+            self.found_5.zero_()
+        culprits = [name for name, bad in zip(PARTS[:-1], found, strict=False) if bad] or PARTS[-1:]
+        raise UserError(
+            f"step {step}: the loss is not finite ({', '.join(culprits)}); the weights were not updated; "
+            "lower workload.learning_rate, or look for extreme activations in this layer"
+        )
+
+
+def update(
+    sae: SAE,
+    optimizer: torch.optim.Optimizer,
+    terms: Sequence[Tensor],
+    faults: Faults,
+    step: int,
+    learning_rate: float | Tensor,
+    clip: float,
+) -> None:
+    """Change the weights by their gradients, unless a term or the gradient is not finite, or was before; then
+    `UserError` on the processor, while a GPU has to be asked (`Faults.check`)."""
+    if kernels := kernels_for(sae.dec_FD):  # a GPU
+        learned = [parameter for parameter in sae.parameters() if parameter.grad is not None]
+        dec_FD = sae.dec_FD if sae.dec_FD.grad is not None else None
+        states = [adam_state(optimizer, parameter) for parameter in learned]
+        squares, along_F = kernels.squares(learned, dec_FD)
+        norm = squares.sqrt()
+        fine = faults.add(terms, norm)
+        torch._foreach_add_([state["step"] for state in states], [fine.float()] * len(states))
+        group = optimizer.param_groups[0]
+        unbiased_2 = [1 - beta ** states[0]["step"].double() for beta in group["betas"]]
+        numbers = learning_rate / unbiased_2[0], unbiased_2[1].sqrt(), (norm / clip).clamp_min(1), fine
+        numbers_4 = torch.stack([number.float() for number in numbers])
+        for parameter, state in zip(learned, states, strict=True):
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            own_F = along_F if parameter is dec_FD else None
+            kernels.adam(parameter, *moments, numbers_4, group["betas"], group["eps"], own_F)
+        return
+    sae.project_decoder_gradient()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+    faults.add(terms, norm)
+    faults.check(step)
+    optimizer.grad_scale = (norm / clip).clamp_min(1)  # fused Adam divides by it as it reads a gradient
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    if sae.dec_FD.requires_grad:
+        sae.normalise_decoder()
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """A parameter's moments and count of steps, as torch's Adam begins them."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state

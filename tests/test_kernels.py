@@ -1,0 +1,270 @@
+"""fipo.kernels against the torch code that they stand for: on a GPU where there is one, else in an interpreter."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import toys
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytest.importorskip("triton")
+
+from fipo import activations, kernels, objective, sae, sparse, train, update  # noqa: E402
+from fipo.config import LSH, Optimiser  # noqa: E402
+from fipo.graphs import StepGraphs  # noqa: E402
+from fipo.state import build_state  # noqa: E402
+from fipo.train import compute, numbers_of, padded, plan_of, train_step  # noqa: E402
+
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a CUDA device")
+TINY = torch.finfo(torch.bfloat16).tiny
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=toys.seeded(seed)).to(DEVICE)
+
+
+def numbers(count: int, below: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(below, (count,), generator=toys.seeded(seed)).to(DEVICE)
+
+
+@pytest.fixture
+def by_kernels(monkeypatch):
+    """The torch code asks for kernels on this device too."""
+
+    def switch(on: bool) -> None:
+        for module in (activations, objective, sae, sparse, update):
+            monkeypatch.setattr(module, "kernels_for", lambda _tensor: kernels if on else None)
+
+    return switch
+
+
+# Sums over pairs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 256, 300])
+def test_sum_rows_sums_every_segment_in_float32(dtype, width):
+    """Segments of 0 to about 20 pairs; 31 of them, the last one empty."""
+    rows_RD, row_N, weight_N = drawn(50, width).to(dtype), numbers(200, 50), drawn(200, seed=1)
+    order_N, ends_S = sparse.grouped(numbers(200, 30, seed=2), 31)
+    expected = torch.zeros(31, width, dtype=torch.float64, device=DEVICE)
+    owner_N = torch.arange(31, device=DEVICE).repeat_interleave(ends_S.diff())
+    expected.index_add_(0, owner_N, weight_N[order_N, None].double() * rows_RD[row_N[order_N]].double())
+    for out in (torch.float32, torch.bfloat16):
+        found = kernels.sum_rows(rows_RD, row_N[order_N], weight_N[order_N], ends_S, out)
+        assert found.dtype == out and not found[30].any()
+        assert torch.allclose(found.double(), expected, atol=1e-5, rtol=1e-5 if out == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 16, 151])
+def test_row_products_are_inner_products(count):
+    left_RD, right_RD, left_N, right_N = drawn(9, 300), drawn(20, 300, seed=1), numbers(count, 9), numbers(count, 20, 1)
+    found = kernels.row_products(left_RD, left_N, right_RD, right_N)
+    expected = (left_RD[left_N].double() * right_RD[right_N].double()).sum(1)
+    assert found.shape == (count,) and torch.allclose(found.double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["sum", "max"])
+def test_reduce_segments(how):
+    values_N = drawn(300).abs()
+    order_N, ends_S = sparse.grouped(numbers(300, 5), 7)
+    found = kernels.reduce_segments(values_N[order_N], ends_S, how)
+    parts = [values_N[order_N][a:b] for a, b in ends_S.unfold(0, 2, 1).tolist()]
+    expected = [0.0 if not len(part) else (part.sum() if how == "sum" else part.max()).item() for part in parts]
+    assert len(parts[0]) > 32 and found.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+# The largest
+
+
+@pytest.mark.parametrize("columns", [1, 5, 200, 1000, 4096])
+@pytest.mark.parametrize("k", [1, 7, 64])
+def test_largest_finds_the_k_largest_each_once_and_the_first_of_equals(columns, k):
+    k = min(k, columns)
+    for values_BF in (drawn(6, columns), drawn(6, columns).round(), torch.zeros(2, columns, device=DEVICE)):
+        keys_BF = values_BF.bfloat16().view(torch.int16)
+        found_BK = kernels.largest(keys_BF, k)
+        expected_BK = keys_BF.int().sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+        assert torch.equal(found_BK, expected_BK)
+
+
+@pytest.mark.parametrize("floor", [-1.0, 0.0, 0.9, 2.0, 1e30])
+@pytest.mark.parametrize(("shape", "count"), [((8, 100), 40), ((5, 3000), 300), ((3, 50), 150), ((1, 1), 1)])
+def test_largest_of_batch_keeps_all_ties_whatever_the_floor(floor, shape, count):
+    values_BF = drawn(*shape).bfloat16()
+    key = torch.tensor(floor, dtype=torch.bfloat16, device=DEVICE).view(torch.int16)
+    places, found = kernels.largest_of_batch(values_BF.view(torch.int16), count, key)
+    flat = values_BF.float().flatten()
+    least = flat.topk(count).values.min().clamp_min(TINY)
+    expected = (flat >= least).nonzero().squeeze(1)
+    assert found == len(expected) and len(places) == count + count // 8
+    assert torch.equal(places[:found], expected[: len(places)]) and (places < flat.numel()).all()
+
+
+def test_of_more_ties_than_there_is_room_for_the_last_are_missing():
+    keys_BF = torch.ones(4, 100, dtype=torch.bfloat16, device=DEVICE).view(torch.int16)
+    places, found = kernels.largest_of_batch(keys_BF, 16, torch.zeros((), dtype=torch.int16, device=DEVICE))
+    assert found == 400 and places.tolist() == list(range(18))
+
+
+# Loss and update
+
+
+@pytest.mark.parametrize("levels", [1, 5])
+@pytest.mark.parametrize(("s", "plain"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.3)])
+def test_nested_error_and_its_gradient(levels, s, plain):
+    parts_BMD, bias_D, x_BD = drawn(7, levels, 300), drawn(300, seed=1), drawn(7, 300, seed=2)
+    expected = objective._NestedError.passes(parts_BMD, bias_D, x_BD, s, plain)
+    for hold in (s, torch.tensor(s, device=DEVICE)):
+        found = kernels.nested_error(parts_BMD, bias_D, x_BD, hold, plain)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_scale_touches_nothing_where_the_factor_is_1():
+    values, factor = drawn(5000), torch.tensor(1.0, device=DEVICE)
+    before = values.clone()
+    kernels.scale(values, factor)
+    assert torch.equal(values, before)
+    kernels.scale(values, 3 * factor)
+    assert torch.equal(values, 3 * before)
+
+
+@pytest.mark.parametrize("name", ["run_6", "topk"])
+def test_the_update_is_that_of_torch(name, by_kernels):
+    """Three updates with the same gradients, one of them clipped; then one not finite, which changes nothing."""
+    states = []
+    for on in (True, False):
+        by_kernels(on)
+        state = build_state(toys.run_config(name), 0, torch.zeros(toys.WIDTH), 1.0, DEVICE)
+        weights = list(state.sae.parameters())
+        for step, size in enumerate((1e-3, 1e3, 1.0, float("nan"))):
+            for place, weight in enumerate(weights):
+                weight.grad = size * drawn(*weight.shape, seed=10 * step + place)
+            before = [weight.detach().clone() for weight in weights]
+            terms = [torch.zeros((), device=DEVICE)] * 4
+            if size == size:
+                update.update(state.sae, state.optimizer, terms, state.faults, step, 0.01, 1.0)
+                assert all((new != old).any() for new, old in zip(weights, before, strict=True))
+                assert torch.allclose(state.sae.dec_FD.norm(dim=1), torch.ones(toys.LATENTS, device=DEVICE))
+            elif on:
+                update.update(state.sae, state.optimizer, terms, state.faults, step, 0.01, 1.0)
+                assert all(torch.equal(new, old) for new, old in zip(weights, before, strict=True))
+                assert state.faults.found_5.tolist() == [False] * 4 + [True]
+                update.update(state.sae, state.optimizer, terms, state.faults, step, 0.01, 1.0)
+        states.append([*weights, *(state.optimizer.state[weight]["exp_avg_sq"] for weight in weights)])
+    for ours, theirs in zip(*states, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+# The step
+
+
+@pytest.mark.parametrize("name", ["run_6", "topk"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_steps_by_kernels_are_steps_without(name, autocast, by_kernels):
+    """Weights and statistics after four steps."""
+    config = toys.run_config(name, optimiser=Optimiser(autocast=autocast))
+    found = []
+    for on in (True, False):
+        by_kernels(on)
+        state = build_state(config, 0, torch.zeros(toys.WIDTH), 1.0, DEVICE)
+        state.graphs = None
+        for acts_BD in toys.activations(4):
+            report = train_step(state, acts_BD.to(DEVICE))
+        codes_BF = report.codes.dense()
+        found.append((state.sae.dec_FD, state.sae.enc_FD, state.importance.values(), codes_BF, report.x_hat_BD))
+    assert (found[0][3] > 0).any()
+    for ours, theirs in zip(*found, strict=True):
+        near = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-4, "atol": 1e-5}  # bfloat16 has 8 bits
+        assert torch.allclose(ours.detach(), theirs.detach(), **near)
+
+
+@pytest.mark.parametrize("name", ["run_6", "topk"])
+def test_what_a_recording_is_given_makes_no_difference(name):
+    """Pairs that are filled up, and the schedules' numbers as tensors: the same step, bit by bit."""
+    config = toys.run_config(name)
+    if config.lsh is not None:
+        config = replace(config, lsh=replace(config.lsh, partners=2))
+    states = [build_state(config, 0, torch.zeros(toys.WIDTH), 1.0, DEVICE) for _ in range(2)]
+    for state in states:
+        state.graphs = None
+        for acts_BD in toys.activations(2):
+            train_step(state, acts_BD.to(DEVICE))
+    acts_BD = toys.activations(1, seed=5)[0].to(DEVICE)
+    if config.lsh is not None:
+        assert len(padded(states[0])) > len(states[0].pairs_P2) > 0
+    plan, plain = plan_of(states[0], len(acts_BD)), numbers_of(states[0])
+    tensors = train.Numbers(*(torch.tensor(number, device=DEVICE) for number in plain))
+    compute(states[0], plan, plain, acts_BD, states[0].pairs_P2)
+    compute(states[1], plan, tensors, acts_BD, padded(states[1]))
+    one, other = (state.state_dict() for state in states)
+    assert all(torch.allclose(one[key].double(), other[key].double(), rtol=1e-6, atol=1e-9) for key in one)
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["run_6", "topk"])
+def test_recorded_steps_equal_steps_bit_by_bit(name, monkeypatch):
+    config = toys.run_config(name, steps=40, optimiser=Optimiser())
+    config = replace(
+        config,
+        workload=replace(config.workload, dead_tokens=10**6),
+        lsh=replace(config.lsh or LSH(), partners=2, refresh_every=7) if config.lsh else None,
+    )
+    found, recorded = [], 0
+    for record in (True, False):
+        if not record:
+            monkeypatch.setattr(train, "recordable", lambda *_: False)
+        state = build_state(config, 0, torch.zeros(toys.WIDTH), 1.0, "cuda")
+        for acts_BD in toys.activations(30):
+            report = train_step(state, acts_BD.cuda())
+        recorded += len(state.graphs._recorded)
+        found.append(state.state_dict() | {"loss": report.terms.total.clone(), "x_hat": report.x_hat_BD.clone()})
+    assert recorded > 0
+    assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
+
+
+@needs_gpu
+def test_a_gpu_notices_dead_latents_at_the_step_at_which_a_processor_does():
+    config = toys.run_config("run_6", steps=40, optimiser=Optimiser())
+    seen = {}
+    for device in ("cpu", "cuda"):
+        state = build_state(config, 0, torch.zeros(toys.WIDTH), 1.0, device)
+        state.sae.enc_bias_F.data[[2, 3]] = -100.0
+        reports = [train_step(state, acts_BD.to(device)) for acts_BD in toys.activations(6)]
+        seen[device] = [report.terms.auxiliary.item() > 0 for report in reports]
+    assert seen["cpu"] == seen["cuda"] and True in seen["cpu"] and not seen["cpu"][0]
+
+
+@needs_gpu
+def test_a_gpu_training_follows_a_processor_s():
+    config = toys.run_config("run_6", steps=40)
+    states = [build_state(config, 0, torch.zeros(toys.WIDTH), 1.0, device) for device in ("cpu", "cuda")]
+    config_lsh = replace(config, lsh=None, penalty=None, reservoir=None)
+    for state in states:  # what draws from generators, which differ by device, is off
+        state.config, state.reservoir = config_lsh, None
+    for acts_BD in toys.activations(20):
+        reports = [train_step(state, acts_BD.to(state.sae.dec_FD.device)) for state in states]
+    assert reports[1].fvu == pytest.approx(reports[0].fvu, rel=1e-3)
+    assert torch.allclose(states[1].sae.dec_FD.cpu(), states[0].sae.dec_FD, atol=1e-3)
+
+
+def test_recordings_of_another_shape_begin_anew(monkeypatch):
+    """Which step is run at once, recorded, replayed; recording itself is left out."""
+    graphs, log = StepGraphs(), []
+
+    def record(step, plan, _generator):
+        log.append(f"record {plan}")
+        graph = SimpleNamespace(replay=lambda: log.append(f"replay {plan}"))
+        graphs._recorded[plan] = graph, step(*graphs._inputs)
+
+    monkeypatch.setattr(graphs, "_record", record)
+
+    def run(plan, rows):
+        return graphs.run(lambda x: (log.append("step"), x.shape[0])[1], plan, [torch.zeros(rows)], toys.seeded())
+
+    assert [run("a", 3), run("a", 3), run("a", 3), run("b", 3), run("b", 4)] == [3, 3, 3, 3, 4]
+    first = ["step", "record a", "step", "replay a", "replay a"]
+    assert log == [*first, "step", "record b", "step", "replay b"] and set(graphs._recorded) == {"b"}
