@@ -211,13 +211,14 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
     return {**results[0], "git_revision": ", ".join(revisions), "rows": list(rows.values())}
 
 
-def the_truth(features: int, saved: Path | None) -> SyntheticModel:
+def the_truth(features: int, width: int, saved: Path | None) -> SyntheticModel:
     """The truth of this size: loaded, or built (and saved where a path is given)."""
     if saved and saved.is_file():
         truth = SyntheticModel(**load_tensors(saved))
-        require(len(truth.mean_G) == features, "--features", features, f"the {len(truth.mean_G)} of {saved}")
+        found = tuple(truth.features_GD.shape)
+        require(found == (features, width), "--features and --width", (features, width), f"the {found} of {saved}")
         return truth
-    truth = build(Truth(features=features), generator_for(0, "truth"))
+    truth = build(Truth(features=features, width=width), generator_for(0, "truth"))
     if saved:
         save_tensors(saved, truth.state_dict())
     return truth
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--features", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=256, help="D of the activations")
     parser.add_argument("--k", nargs="+", type=int, default=[6], help="active latents a token")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rate", type=float, default=3e-3)
@@ -250,7 +252,7 @@ def main() -> None:
             judged(result["rows"], given.judge, given.save, given.truth, given.tokens)
         publish(given.json, result)
         return
-    truth = the_truth(given.features, given.truth).to(given.device)
+    truth = the_truth(given.features, given.width, given.truth).to(given.device)
     rows = []
     for seed in given.seeds:
         for row in run(given.methods, seed, truth, given):
@@ -258,7 +260,7 @@ def main() -> None:
             sys.stderr.write(json.dumps(row) + "\n")
     if given.judge:
         judged(rows, given.judge, given.save, given.truth, given.tokens)
-    settings = {name: getattr(given, name) for name in ("features", "steps", "rate", "tokens")}
+    settings = {name: getattr(given, name) for name in ("features", "width", "steps", "rate", "tokens")}
     origin = {"hardware": hardware(given.device), **provenance()}
     publish(given.json, {"name": "ground_truth", "settings": settings, **origin, "rows": rows})
 

@@ -7,11 +7,13 @@ FIPO's step has every part of the method on, bfloat16 autocast, and a fiftieth o
 every 50th step has one. Its two paths: `pairs`, where codes leave the encoder as (token, latent) pairs, and `matrix`,
 the dense reference. Every trainer has a process of its own (benchmarks/trainer_process.py), the same Gaussian batches
 and the same threads. Each rival first tries the settings that it offers (table `tried`: the quickest of three steps);
-the fastest then takes turns with ours, and the median of the rounds counts.
+the fastest then takes turns with ours. A turn is two steps, of which the second counts, since one after a pause is
+slower than one of a run; the median of the rounds counts.
 
 Ratios of time are theirs / ours, ratios of memory ours / theirs: of the peak of the processes, and of what that is
 beyond their imports. `penalty_share`: of a step at F = 16,384 that Ω takes. `growth_vs_gemm`: by how much a step grows
-from the smallest F to the largest, over the growth of the encoder's bfloat16 product alone.
+from the smallest F to the largest, over the growth of the encoder's bfloat16 product alone. `step_over_encoder_gemm`:
+our step over that product.
 """
 
 import json
@@ -20,7 +22,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,16 @@ from benchmarks.common import arguments, as_found, interleaved, publish
 from benchmarks.our_step import Shape, fresh_state, gaussian, occasional
 from benchmarks.trainer_process import DEVICE, SETTINGS
 from fipo import objective
+from fipo.config import LSH, Penalty
 from fipo.train import train_step
 
-SHAPES: dict[str, Shape] = {"minilm": (384, 3072, 4096, 32), "16k": (768, 16_384, 2048, 32)}
+SHAPES: dict[str, Shape] = {
+    "minilm": (384, 3072, 4096, 32),
+    "16k": (768, 16_384, 2048, 32),
+    "gemma_16k": (2304, 16_384, 2048, 64),
+    "gemma_65k": (2304, 65_536, 2048, 64),
+}
+USUAL = "gemma_16k,gemma_65k" if DEVICE == "cuda" else "minilm,16k"
 RIVALS = ("saelens", "dictionary_learning", "sparsify")
 GROWTH = (4096, 8192, 16_384, 32_768, 65_536)
 MIB = 2**20
@@ -83,7 +93,8 @@ class Trainer:
     def end(self) -> None:
         """Let the process go."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended, with a line unread
+            self.process.stdin.close()
         self.process.wait()
         self.process.stdout.close()
         self.complaints.close()
@@ -106,13 +117,16 @@ def fastest(python: str, rival: str, architecture: str, shape: Shape, what: str)
     Settings try one after the other, so what disturbs one spares the next: the quickest of three steps decides.
     """
     tried, best = [], None
-    for setting in SETTINGS[rival, architecture]:
-        trainer = Trainer(python, rival, architecture, setting, shape)
+    trainers = [Trainer(python, rival, architecture, setting, shape) for setting in SETTINGS[rival, architecture]]
+    for trainer in trainers:  # all import at once; then they wait for their turn
+        with suppress(RuntimeError):
+            trainer.step()
+    for trainer in trainers:
         try:
             row = trainer.measure(3).row
             tried.append({"tried": what, **row, "ms a step": 1000 * min(trainer.seconds)})
         except RuntimeError as error:
-            tried.append({"tried": what, "trainer": rival, "setting": setting, "failed": str(error)})
+            tried.append({"tried": what, "trainer": rival, "setting": trainer.setting, "failed": str(error)})
             trainer.end()
             continue
         slower = trainer
@@ -137,6 +151,7 @@ def step_rows(shape: Shape, architecture: str, rivals: str, rounds: int) -> tupl
         trainer.measure(0)
     for _ in range(rounds):
         for trainer in trainers:
+            trainer.step()  # after a pause a step is slower than in a run
             trainer.seconds.append(trainer.step())
     rows = [
         {"what": what, **trainer.row, "tokens/s": 1000 * shape[2] / trainer.row["ms a step"]} for trainer in trainers
@@ -168,21 +183,12 @@ def penalty_rows(shape: Shape, rounds: int) -> tuple[list[Row], dict[str, float]
             torch.autograd.grad(objective.chunked_orthogonality(dec_FD, order_F, chunk), dec_FD)[0]
         )
 
-    (refresh, refresh_every), (omega, every) = occasional(state).values()
-    refresh()
-    seconds = interleaved(
-        {
-            "step": lambda: train_step(state, acts[state.step % 4]),
-            "omega": omega,
-            "refresh": refresh,
-            "chunks": ortsae(8192),
-        },
-        rounds,
-    )
+    rare = occasional(state, acts[0], rounds)
+    seconds = interleaved({"step": lambda: train_step(state, acts[state.step % 4]), "chunks": ortsae(8192)}, rounds)
     gram = interleaved({"gram": ortsae(shape[1])}, 1)
-    pairs = f"Ω, LSH pairs, every {every} steps, refreshed every {refresh_every}"
+    pairs = f"Ω, LSH pairs, every {Penalty().every} steps, refreshed every {LSH().refresh_every}"
     costs = {
-        pairs: (seconds["omega"] / every, seconds["refresh"] / refresh_every),
+        pairs: (rare["omega"], rare["refresh"]),
         "OrtSAE, chunks of 8,192": (seconds["chunks"], 0.0),
         "OrtSAE's penalty on the whole Gram matrix": (gram["gram"], 0.0),
     }
@@ -205,41 +211,53 @@ def growth_rows(
 ) -> tuple[list[Row], dict[str, float]]:
     """Our step, with its share of a refresh and of Ω, and the encoder's bfloat16 product alone, as F grows."""
     jobs: dict[str, Callable[[], object]] = {}
-    acts = gaussian((width, 0, batch, k), DEVICE)
+    acts, rare = gaussian((width, 0, batch, k), DEVICE), {}
     low_BD = acts[0].bfloat16()
     for latents in sizes:
         state = fresh_state("batchtopk", (width, latents, batch, k), True, DEVICE)
         low_DF = state.sae.enc_FD.detach().bfloat16().T
+        rare[latents] = sum(occasional(state, acts[0], rounds).values())
         jobs[f"step {latents}"] = lambda state=state: train_step(state, acts[state.step % 4])
-        jobs |= {f"{name} {latents}": work for name, (work, _) in occasional(state).items()}
-        every = {name: steps for name, (_, steps) in occasional(state).items()}
         jobs[f"gemm {latents}"] = lambda low_DF=low_DF: low_BD @ low_DF
     seconds = interleaved(jobs, rounds)
-    rows = [_growth_row(latents, f"D={width} B={batch:,} K={k}", seconds, every) for latents in sizes]
-    first, last = rows[0], rows[-1]
-    growth = {part: last[f"{part} ms"] / first[f"{part} ms"] for part in ("step", "gemm")}
+    rows = []
+    for latents in sizes:
+        step, gemm = seconds[f"step {latents}"] + rare[latents], seconds[f"gemm {latents}"]
+        cost = {"step ms": 1000 * step, "gemm ms": 1000 * gemm, "step / gemm": step / gemm}
+        rows.append({"growth": f"D={width} B={batch:,} K={k}", "F": latents, **cost})
+    growth = {part: rows[-1][f"{part} ms"] / rows[0][f"{part} ms"] for part in ("step", "gemm")}
     ratios = {"growth_of_step": growth["step"], "growth_of_gemm": growth["gemm"]}
     return rows, {**ratios, "growth_vs_gemm": growth["step"] / growth["gemm"]}
 
 
-def _growth_row(latents: int, what: str, seconds: Mapping[str, float], every: Mapping[str, int]) -> Row:
-    step = seconds[f"step {latents}"] + sum(seconds[f"{name} {latents}"] / steps for name, steps in every.items())
-    gemm = seconds[f"gemm {latents}"]
-    return {"growth": what, "F": latents, "step ms": 1000 * step, "gemm ms": 1000 * gemm, "step / gemm": step / gemm}
+def gemm_row(shape: Shape, rounds: int) -> Row:
+    """The encoder's product alone, in bfloat16."""
+    low_BD, low_DF = (torch.randn(*sizes, device=DEVICE).bfloat16() for sizes in ((shape[2], shape[0]), shape[:2]))
+    seconds = interleaved({"gemm": lambda: low_BD @ low_DF}, rounds)
+    what = "D={} F={:,} B={:,}".format(*shape)
+    return {
+        "what": f"encoder's product {what}",
+        "trainer": "torch.mm",
+        "setting": "bfloat16",
+        "ms a step": 1000 * seconds["gemm"],
+    }
 
 
 def main() -> None:
     """Measure and publish."""
-    given = arguments(__doc__, rivals="", rounds=5, shapes="minilm,16k", penalty=1, growth=1)
+    given = arguments(__doc__, rivals="", rounds=5, shapes=USUAL, penalty=1, growth=1)
     if given.rivals and shutil.which(given.rivals) is None:
         sys.exit(f"error: --rivals {given.rivals} is no program; give the Python that `make bench-env` builds")
     rows, tried, ratios = [], [], {}
     for name in filter(None, given.shapes.split(",")):
+        gemm = gemm_row(SHAPES[name], given.rounds)
+        rows.append(gemm)
         for architecture in ("topk", "batchtopk"):
             more, settings = step_rows(SHAPES[name], architecture, given.rivals, given.rounds)
             rows, tried, ratios = rows + more, tried + settings, ratios | compared(more, architecture, name)
+            ratios[f"step_over_encoder_gemm_{architecture}_{name}"] = more[0]["ms a step"] / gemm["ms a step"]
     if given.penalty:
-        more, shares = penalty_rows(SHAPES["16k"], given.rounds)
+        more, shares = penalty_rows(SHAPES["gemma_16k" if DEVICE == "cuda" else "16k"], given.rounds)
         rows, ratios = rows + more, ratios | shares
     if given.growth:
         more, growth = growth_rows(GROWTH, given.rounds)

@@ -137,6 +137,8 @@ def row_products(left_RD: Tensor, left_N: Tensor, right_RD: Tensor, right_N: Ten
         return kernels.row_products(left_RD, left_N, right_RD, right_N)
     if left_N.numel() == 0:
         return left_RD.new_zeros(0)
+    if left_RD.is_cuda and left_RD.dtype == torch.bfloat16:  # for which torch has it on a CPU alone
+        left_RD, right_RD = left_RD.float(), right_RD.float()
     dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
     return dot(left_RD.contiguous(), right_RD.contiguous(), right_N, left_N[:1], left_N, 0)
 
