@@ -22,17 +22,31 @@ class StepGraphs:
     def __init__(self) -> None:
         self._met: set[Hashable] = set()
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
-        self._inputs: list[Tensor] = []
+        self._tensors: list[Tensor] = []
+        self._numbers: list[Tensor] = []
+        self.padded: tuple[Tensor, Tensor] | None = None
+        """Candidate pairs, and those filled up (`fipo.train.padded`)."""
 
-    def run(self, step: Callable[..., Any], plan: Hashable, given: Sequence[Tensor], generator: torch.Generator) -> Any:
-        """What `step(*given)` gives; the next run writes over it."""
+    def run(
+        self,
+        step: Callable[..., Any],
+        plan: Hashable,
+        tensors: Sequence[Tensor],
+        numbers: Sequence[float],
+        generator: torch.Generator,
+    ) -> Any:
+        """What `step(*tensors, *numbers)` gives, the numbers being 0-d tensors; the next run writes over it."""
         if plan not in self._met:
             self._met.add(plan)
-            return step(*given)
-        if [(new.shape, new.dtype) for new in given] != [(held.shape, held.dtype) for held in self._inputs]:
+            return step(*tensors, *(torch.full((), number, device=tensors[0].device) for number in numbers))
+        if [(new.shape, new.dtype) for new in tensors] != [(held.shape, held.dtype) for held in self._tensors]:
             self._recorded.clear()
-            self._inputs = [torch.empty_like(new) for new in given]
-        torch._foreach_copy_(self._inputs, list(given))
+            self._tensors = [torch.empty_like(new) for new in tensors]
+            self._numbers = [torch.empty((), device=tensors[0].device) for _ in numbers]
+        for held, new in zip(self._tensors, tensors, strict=True):
+            held.copy_(new)
+        for held, number in zip(self._numbers, numbers, strict=True):
+            held.fill_(number)
         if plan not in self._recorded:
             self._record(step, plan, generator)
         graph, result = self._recorded[plan]
@@ -46,5 +60,5 @@ class StepGraphs:
         graph.register_generator_state(generator)
         pool = next(iter(self._recorded.values()))[0].pool() if self._recorded else None
         with torch.cuda.graph(graph, pool=pool):
-            result = step(*self._inputs)
+            result = step(*self._tensors, *self._numbers)
         self._recorded[plan] = graph, result

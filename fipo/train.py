@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """Where a step is in the schedules (`fipo.schedules`); tensors on a GPU."""
+    """Where a step is in the schedules (`fipo.schedules`); tensors for a recording."""
 
     learning_rate: float | Tensor
     penalty_share: float | Tensor
@@ -73,7 +73,8 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
         report = state.graphs.run(
             lambda acts_BD, pairs_P2, *numbers: compute(state, plan, Numbers(*numbers), acts_BD, pairs_P2),
             plan,
-            [acts_BD, padded(state), *numbers],
+            [acts_BD, padded(state)],
+            numbers,
             state.generator,
         )
     else:
@@ -99,10 +100,7 @@ def plan_of(state: TrainState, batch: int) -> Plan:
 def numbers_of(state: TrainState) -> Numbers:
     """Of the state's next step."""
     config, step = state.config, state.step
-    numbers = learning_rate(config, step), penalty_share(config, step), stop_gradient(config, step)
-    if state.graphs is None:
-        return Numbers(*numbers)
-    return Numbers(*(torch.full((), number, device=state.sae.dec_FD.device) for number in numbers))
+    return Numbers(learning_rate(config, step), penalty_share(config, step), stop_gradient(config, step))
 
 
 def dead_possible(state: TrainState, batch: int) -> bool:
@@ -136,10 +134,14 @@ def recordable(state: TrainState, plan: Plan) -> bool:
 
 def padded(state: TrainState) -> Tensor:
     """The candidate pairs, filled up to as many as there can be by pairs of a latent with itself, which are free."""
-    settings = state.config.lsh
+    settings, graphs = state.config.lsh, state.graphs
+    if graphs is not None and graphs.padded is not None and graphs.padded[0] is state.pairs_P2:
+        return graphs.padded[1]
     most = settings.partners * state.sae.latents if settings is not None and settings.partners is not None else 0
     filled_P2 = (torch.arange(most, device=state.pairs_P2.device) % state.sae.latents)[:, None].repeat(1, 2)
     filled_P2[: len(state.pairs_P2)] = state.pairs_P2
+    if graphs is not None:
+        graphs.padded = state.pairs_P2, filled_P2
     return filled_P2
 
 

@@ -258,13 +258,19 @@ def test_recordings_of_another_shape_begin_anew(monkeypatch):
     def record(step, plan, _generator):
         log.append(f"record {plan}")
         graph = SimpleNamespace(replay=lambda: log.append(f"replay {plan}"))
-        graphs._recorded[plan] = graph, step(*graphs._inputs)
+        graphs._recorded[plan] = graph, step(*graphs._tensors, *graphs._numbers)
 
     monkeypatch.setattr(graphs, "_record", record)
 
     def run(plan, rows):
-        return graphs.run(lambda x: (log.append("step"), x.shape[0])[1], plan, [torch.zeros(rows)], toys.seeded())
+        return graphs.run(
+            lambda x, one: (log.append(f"step {one:.0f}"), x.shape[0])[1],
+            plan,
+            [torch.zeros(rows)],
+            [1.0],
+            toys.seeded(),
+        )
 
     assert [run("a", 3), run("a", 3), run("a", 3), run("b", 3), run("b", 4)] == [3, 3, 3, 3, 4]
-    first = ["step", "record a", "step", "replay a", "replay a"]
-    assert log == [*first, "step", "record b", "step", "replay b"] and set(graphs._recorded) == {"b"}
+    first = ["step 1", "record a", "step 1", "replay a", "replay a"]
+    assert log == [*first, "step 1", "record b", "step 1", "replay b"] and set(graphs._recorded) == {"b"}

@@ -101,4 +101,4 @@ def _normalise_rows(rows, width, BLOCK: tl.constexpr):
 def _whole_rows(width: int) -> dict[str, int]:
     """How a program holds a row of this width."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
