@@ -71,6 +71,18 @@ def publish(
     print("".join(f"{key}: {shown(value)}\n" for key, value in (settings or {}).items()))
     print(tables(rows))
     print("\n" + "\n".join(f"{key}: {value:.3g}" for key, value in ratios.items()))
+    record(name, rows, ratios, path, settings)
+
+
+def record(
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Mapping[str, float],
+    path: Path | None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what there is so far, so that a benchmark that is cut off leaves what it measured."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     if path is not None:
         origin = provenance()
         write_json(

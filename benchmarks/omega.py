@@ -3,10 +3,10 @@
     python -m benchmarks.omega --json OUT.json [--seeds 3] [--latents 4096] [--steps 600] [--wide 32768]
 
 Gain: BatchTopK SAEs of as many latents as the truth has features are trained on the same tokens of a known truth
-(`fipo.synthetic`): without Ω; with Ω on LSH's pairs at the default settings, and with those sought at every step;
-and with Ω on every latent's dearest pair with a more important one, searched among all pairs at each step. All are
-judged by Ω over all pairs and by the mean max cosine; the share is what LSH's pairs took off Ω, of what all pairs took
-off. Ratios that end in `_often` are of the pairs sought at every step.
+(`fipo.synthetic`): without Ω; with Ω on LSH's pairs at the default settings, with those sought at every step, and so by
+twice as many tables; and with Ω on every latent's dearest pair with a more important one, searched among all pairs at
+each step. All are judged by Ω over all pairs and by the mean max cosine; the share is what LSH's pairs took off Ω, of
+what all pairs took off. Ratios that end in `_often..` are of the pairs sought at every step.
 
 Cost: seconds a step of both at --wide latents of width 768 (groups of four with cosines near .4, σ at random), a
 refresh of the pairs spread over its steps; the share is of a search through all pairs at every step. All pairs need the
@@ -15,6 +15,8 @@ the cheapest exact form that we know.
 """
 
 import statistics
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,16 +36,17 @@ from fipo.synthetic import SyntheticModel, Truth, build
 from fipo.train import train_step
 
 
-def often(steps: int) -> str:
-    """Every how many steps, in words."""
-    return "every step" if steps == 1 else f"every {steps} steps"
+def how(lsh: LSH) -> str:
+    """How pairs are sought, in words."""
+    every = "every step" if lsh.refresh_every == 1 else f"every {lsh.refresh_every} steps"
+    return f"LSH's pairs, sought {every} by {lsh.tables} tables"
 
 
-SOUGHT = {"": LSH(), "_often": LSH(refresh_every=1)}
+SOUGHT = {"": LSH(), "_often": LSH(refresh_every=1), "_often_by_twice_the_tables": LSH(refresh_every=1, tables=16)}
 """How LSH's pairs are sought, by the ending of their ratios."""
 WAYS: dict[str, dict[str, Any]] = {
     "none": {"importance": Importance()},
-    **{f"LSH's pairs, sought {often(lsh.refresh_every)}": PARTS | {"lsh": lsh} for lsh in SOUGHT.values()},
+    **{how(lsh): PARTS | {"lsh": lsh} for lsh in SOUGHT.values()},
     "all pairs": PARTS | {"lsh": LSH(refresh_every=10**9)},
 }
 """What each differs in from BatchTopK; the dearest of all pairs are set from outside, step by step."""
@@ -109,25 +112,25 @@ def gain_rows(truth: SyntheticModel, given: Any) -> tuple[list[dict[str, Any]], 
 
 def cost_rows(latents: int, rounds: int, width: int = 768) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Seconds a step of all, and LSH's shares."""
-    generator, settings = torch.Generator().manual_seed(0), SOUGHT[""]
+    generator = torch.Generator().manual_seed(0)
     dec_FD = torch.randn(latents, width, generator=generator)
     dec_FD += 0.8 * torch.randn(latents // 4, width, generator=generator).repeat(4, 1)
     dec_FD = (dec_FD / dec_FD.norm(dim=1, keepdim=True)).requires_grad_()
     sigma_F = torch.rand(latents, generator=generator)
     held: dict[str, Tensor] = {}
 
-    def refresh() -> None:
-        held["LSH's pairs"] = candidate_pairs(
+    def refresh(lsh: LSH) -> None:
+        held[how(lsh)] = candidate_pairs(
             dec_FD.detach(),
             sigma_F,
-            tables=settings.tables,
-            bits=settings.bits_of(latents),
-            capacity=settings.capacity,
-            min_cosine=settings.min_cosine,
+            tables=lsh.tables,
+            bits=lsh.bits_of(latents),
+            capacity=lsh.capacity,
+            min_cosine=lsh.min_cosine,
             generator=generator,
-            partners=settings.partners,
-            autocast=settings.autocast,
-            held_P2=held.get("LSH's pairs"),
+            partners=lsh.partners,
+            autocast=lsh.autocast,
+            held_P2=held.get(how(lsh)),
         )
 
     def search() -> None:
@@ -136,24 +139,18 @@ def cost_rows(latents: int, rounds: int, width: int = 768) -> tuple[list[dict[st
     def gradient(way: str) -> object:
         return torch.autograd.grad(orthogonality(dec_FD, sigma_F, held[way]), dec_FD)
 
-    refresh()
     search()
-    work = {
-        "refresh": refresh,
-        "search": search,
-        "LSH's pairs": lambda: gradient("LSH's pairs"),
-        "all pairs": lambda: gradient("all pairs"),
-    }
+    work: dict[str, Callable[[], object]] = {"search": search, "all pairs": lambda: gradient("all pairs")}
+    for lsh in SOUGHT.values():
+        refresh(lsh)
+        work |= {f"refresh {how(lsh)}": partial(refresh, lsh), how(lsh): partial(gradient, how(lsh))}
     seconds = interleaved(work, rounds)
     exact = seconds["all pairs"] + seconds["search"]
-    costs, ratios = {}, {}
+    costs, ratios = {"all pairs, searched every step": exact}, {}
     for ending, lsh in SOUGHT.items():
-        cost = seconds["LSH's pairs"] + seconds["refresh"] / lsh.refresh_every
-        costs[f"LSH's pairs, sought {often(lsh.refresh_every)}"] = cost
-        ratios[f"cost_share{ending}"] = cost / exact
-        searched = seconds["all pairs"] + seconds["search"] / lsh.refresh_every
-        costs[f"all pairs, searched {often(lsh.refresh_every)}"] = searched
-    few, every = (len(pairs_P2) for pairs_P2 in held.values())
+        costs[how(lsh)] = seconds[how(lsh)] + seconds[f"refresh {how(lsh)}"] / lsh.refresh_every
+        ratios[f"cost_share{ending}"] = costs[how(lsh)] / exact
+    few, every = len(held[how(SOUGHT[""])]), len(held["all pairs"])
     what = f"cost F={latents:,} D={width}, {few:,} and {every:,} pairs"
     return [{"what": what, "pairs": pairs, "seconds a step": cost} for pairs, cost in costs.items()], ratios
 

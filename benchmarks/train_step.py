@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import arguments, as_found, interleaved, publish
+from benchmarks.common import arguments, as_found, interleaved, publish, record
 from benchmarks.our_step import Shape, fresh_state, gaussian, occasional
 from benchmarks.trainer_process import DEVICE, SETTINGS
 from fipo import objective
@@ -111,14 +111,26 @@ class Trainer:
         }
 
 
-def fastest(python: str, rival: str, architecture: str, shape: Shape, what: str) -> tuple[Trainer | None, list[Row]]:
-    """The rival in its fastest setting, still running, and what its settings took; None where none of them runs.
+def start(shape: Shape, architecture: str, rivals: str) -> dict[str, list[Trainer]]:
+    """The processes of all trainers of one architecture in all their settings: they import at once, then wait."""
+    names = ("fipo", *RIVALS) if rivals else ("fipo",)
+    return {
+        name: [
+            Trainer(rivals if name in RIVALS else sys.executable, name, architecture, setting, shape)
+            for setting in SETTINGS[name, architecture]
+        ]
+        for name in names
+        if (name, architecture) in SETTINGS
+    }
+
+
+def fastest(trainers: list[Trainer], what: str) -> tuple[Trainer | None, list[Row]]:
+    """A rival in its fastest setting, still running, and what its settings took; None where none of them runs.
 
     Settings try one after the other, so what disturbs one spares the next: the quickest of three steps decides.
     """
     tried, best = [], None
-    trainers = [Trainer(python, rival, architecture, setting, shape) for setting in SETTINGS[rival, architecture]]
-    for trainer in trainers:  # all import at once; then they wait for their turn
+    for trainer in trainers:
         with suppress(RuntimeError):
             trainer.step()
     for trainer in trainers:
@@ -126,7 +138,7 @@ def fastest(python: str, rival: str, architecture: str, shape: Shape, what: str)
             row = trainer.measure(3).row
             tried.append({"tried": what, **row, "ms a step": 1000 * min(trainer.seconds)})
         except RuntimeError as error:
-            tried.append({"tried": what, "trainer": rival, "setting": trainer.setting, "failed": str(error)})
+            tried.append({"tried": what, "trainer": trainer.name, "setting": trainer.setting, "failed": str(error)})
             trainer.end()
             continue
         slower = trainer
@@ -137,14 +149,12 @@ def fastest(python: str, rival: str, architecture: str, shape: Shape, what: str)
     return best, tried
 
 
-def step_rows(shape: Shape, architecture: str, rivals: str, rounds: int) -> tuple[list[Row], list[Row]]:
+def step_rows(started: dict[str, list[Trainer]], what: str, batch: int, rounds: int) -> tuple[list[Row], list[Row]]:
     """All trainers of one architecture at one shape, and what their settings took."""
-    what = "{} D={} F={:,} B={:,} K={}".format(architecture, *shape)
-    trainers = [Trainer(sys.executable, "fipo", architecture, name, shape) for name in SETTINGS["fipo", architecture]]
-    tried = []
-    for rival in RIVALS if rivals else ():
-        if (rival, architecture) in SETTINGS:
-            best, rows = fastest(rivals, rival, architecture, shape, what)
+    trainers, tried = list(started["fipo"]), []
+    for name, settings in started.items():
+        if name != "fipo":
+            best, rows = fastest(settings, what)
             trainers += [best] if best is not None else []
             tried += rows
     for trainer in trainers:
@@ -153,9 +163,7 @@ def step_rows(shape: Shape, architecture: str, rivals: str, rounds: int) -> tupl
         for trainer in trainers:
             trainer.step()  # after a pause a step is slower than in a run
             trainer.seconds.append(trainer.step())
-    rows = [
-        {"what": what, **trainer.row, "tokens/s": 1000 * shape[2] / trainer.row["ms a step"]} for trainer in trainers
-    ]
+    rows = [{"what": what, **trainer.row, "tokens/s": 1000 * batch / trainer.row["ms a step"]} for trainer in trainers]
     for trainer in trainers:
         trainer.end()
     return rows, tried
@@ -250,15 +258,23 @@ def main() -> None:
         sys.exit(f"error: --rivals {given.rivals} is no program; give the Python that `make bench-env` builds")
     rows, tried, ratios = [], [], {}
     for name in filter(None, given.shapes.split(",")):
-        gemm = gemm_row(SHAPES[name], given.rounds)
+        shape = SHAPES[name]
+        gemm = gemm_row(shape, given.rounds)
         rows.append(gemm)
+        starting = {"topk": start(shape, "topk", given.rivals)}
+        if DEVICE == "cuda":  # its machine has room for all at once
+            starting["batchtopk"] = start(shape, "batchtopk", given.rivals)
         for architecture in ("topk", "batchtopk"):
-            more, settings = step_rows(SHAPES[name], architecture, given.rivals, given.rounds)
+            what = "{} D={} F={:,} B={:,} K={}".format(architecture, *shape)
+            started = starting.get(architecture) or start(shape, architecture, given.rivals)
+            more, settings = step_rows(started, what, shape[2], given.rounds)
             rows, tried, ratios = rows + more, tried + settings, ratios | compared(more, architecture, name)
             ratios[f"step_over_encoder_gemm_{architecture}_{name}"] = more[0]["ms a step"] / gemm["ms a step"]
+            record("train_step", rows + tried, ratios, given.json)
     if given.penalty:
         more, shares = penalty_rows(SHAPES["gemma_16k" if DEVICE == "cuda" else "16k"], given.rounds)
         rows, ratios = rows + more, ratios | shares
+        record("train_step", rows + tried, ratios, given.json)
     if given.growth:
         more, growth = growth_rows(GROWTH, given.rounds)
         rows, ratios = rows + more, ratios | growth

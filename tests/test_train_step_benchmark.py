@@ -32,21 +32,23 @@ def test_a_process_answers_with_time_and_memory(start):
     assert trainer.row["setting"] == "pairs" and trainer.row["ms a step"] > 0
 
 
-def test_a_setting_that_does_not_run_is_told_and_the_fastest_is_kept(monkeypatch):
+def test_a_setting_that_does_not_run_is_told_and_the_fastest_is_kept():
     """Here `nobody` has no trainer at all, and `fipo` stands in for a rival."""
-    monkeypatch.setitem(bench.SETTINGS, ("nobody", "topk"), ("a",))
-    best, tried = bench.fastest(sys.executable, "nobody", "topk", SHAPE, "toy")
+    best, tried = bench.fastest([bench.Trainer(sys.executable, "nobody", "topk", "a", SHAPE)], "toy")
     assert best is None and [row["failed"] for row in tried] == ["KeyError: 'nobody'"]
-    best, tried = bench.fastest(sys.executable, "fipo", "topk", SHAPE, "toy")
+    best, tried = bench.fastest(bench.start(SHAPE, "topk", "")["fipo"], "toy")
     best.end()
     assert best.setting == min(tried, key=lambda row: row["ms a step"])["setting"] and len(tried) == 2
 
 
 def test_trainers_take_turns_and_ratios_are_theirs_over_ours(monkeypatch):
-    monkeypatch.setattr(bench, "RIVALS", ("sparsify", "fipo"))
+    monkeypatch.setattr(bench, "RIVALS", ("sparsify",))
     monkeypatch.setattr(bench, "SETTINGS", {("fipo", "topk"): ("pairs",), ("sparsify", "topk"): ("signum",)})
-    rows, tried = bench.step_rows(SHAPE, "topk", sys.executable, 2)
-    assert [row["trainer"] for row in rows] == ["fipo", "fipo"] and rows[0]["what"] == "topk D=16 F=64 B=32 K=4"
+    started = bench.start(SHAPE, "topk", sys.executable)
+    assert [trainer.setting for trainer in started["sparsify"]] == ["signum"]
+    started["a rival"] = bench.start(SHAPE, "topk", "")["fipo"]
+    rows, tried = bench.step_rows(started, "toy", SHAPE[2], 2)
+    assert [row["trainer"] for row in rows] == ["fipo", "fipo"] and rows[0]["what"] == "toy"
     assert rows[0]["tokens/s"] == pytest.approx(32 / rows[0]["ms a step"] * 1000)
     assert "failed" in tried[0] and "No module named" in tried[0]["failed"]
     ours = {"trainer": "fipo", "ms a step": 2.0, "peak MiB": 100.0, "beyond imports MiB": 10.0}
