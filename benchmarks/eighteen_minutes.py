@@ -6,10 +6,9 @@ The job: three SAEs (layers 5, 12, 19; F = 16,384; K = 64; B = 2,048) on 50 M to
 from the model as they are needed, then sparse probing of all three (36 classes of 2,500 texts of up to 128 tokens).
 Measured: the real architecture with random weights on random tokens, a warm-up, then a slice of every phase, scaled to
 the job. Predicted: what every phase does, counted by running a part of it on the CPU (benchmarks/roofline.py), at
-assumed efficiencies. Counted is torch's way; kernels of a GPU that read less can
-exceed its roofline. Left out of both: reading weights and text, tokenising, mean and scale of the first pool,
-checkpoints. `--tiny 1` measures a toy model, on any device: it tries the code and says nothing of the
-card.
+assumed efficiencies. What is counted is torch's way, which kernels of a GPU that read less can outrun. Left out of
+both: reading weights and text, tokenising, mean and scale of the first pool, checkpoints. `--tiny 1` measures a toy
+model, on any device: it tries the code and says nothing of the card.
 """
 
 from dataclasses import replace

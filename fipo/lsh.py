@@ -51,6 +51,11 @@ def collision_probability(cos: Tensor, tables: int, bits: int) -> Tensor:
     return 1 - (1 - agree.pow(bits)).pow(tables)
 
 
+def tables_at_once(device: torch.device, numbers: int) -> int:
+    """Tables, of so many numbers in queued rows, that are served together: on a GPU 1 GB of them, by few calls."""
+    return 1 if device.type == "cpu" else max(1, 2**29 // numbers)
+
+
 @torch.no_grad()
 def candidate_pairs(
     unit_FD: Tensor,
@@ -86,8 +91,7 @@ def candidate_pairs(
     found = []
     if held_P2 is not None:
         found.append(held_P2[:, 0] * latents + held_P2[:, 1])
-    at_once = 1 if unit_FD.device.type == "cpu" else tables
-    for buckets_FN in buckets_FT.split(at_once, dim=1):
+    for buckets_FN in buckets_FT.split(tables_at_once(unit_FD.device, 2**bits * capacity * width), dim=1):
         tables_N = torch.arange(buckets_FN.shape[1], device=unit_FD.device)
         queues = BucketQueues(len(tables_N) * 2**bits, capacity, device=unit_FD.device)
         queue_FN = buckets_FN + tables_N * 2**bits

@@ -81,7 +81,7 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
         report = compute(state, plan, numbers, acts_BD, state.pairs_P2)
     revive_dead(state)
     state.step += 1
-    if state.step % UNCHECKED == 0:
+    if state.step % UNCHECKED == 0 or state.step == state.config.workload.steps:
         state.faults.check(state.step)
     return report
 

@@ -32,15 +32,17 @@ class Faults:
         return ~self.found_5.any()
 
     def check(self, step: int) -> None:
-        """`UserError` where something was not finite, by this step."""
+        """`UserError` where something was not finite before, or on the processor in, this step."""
         found = self.found_5.tolist()
         if not any(found):
             return
+        when = f"within {UNCHECKED} steps before step {step}"
         if self.found_5.device.type == "cpu":  # the step had no effect at all, and the state is good
             self.found_5.zero_()
+            when = f"step {step}"
         culprits = [name for name, bad in zip(PARTS[:-1], found, strict=False) if bad] or PARTS[-1:]
         raise UserError(
-            f"step {step}: the loss is not finite ({', '.join(culprits)}); the weights were not updated; "
+            f"{when}: the loss is not finite ({', '.join(culprits)}); the weights were not updated; "
             "lower workload.learning_rate, or look for extreme activations in this layer"
         )
 

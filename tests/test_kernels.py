@@ -204,6 +204,7 @@ def test_what_a_recording_is_given_makes_no_difference(name):
     assert all(torch.allclose(one[key].double(), other[key].double(), rtol=1e-6, atol=1e-9) for key in one)
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("name", ["run_6", "topk"])
 def test_recorded_steps_equal_steps_bit_by_bit(name, monkeypatch):
@@ -226,6 +227,23 @@ def test_recorded_steps_equal_steps_bit_by_bit(name, monkeypatch):
     assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
 
 
+def test_a_gpu_is_asked_for_dead_latents_only_when_one_can_be():
+    """Of 100 tokens' silence at 16 a step, dead at 200: asked at once, and 7 steps later, whatever lies between."""
+    asked = []
+
+    def longest():
+        asked.append(state.step)
+        return SimpleNamespace(item=lambda: 100 if state.step < 20 else 500)
+
+    state = build_state(toys.run_config("run_6", workload=toys.workload(dead_tokens=200)), 0, torch.zeros(8), 1.0)
+    state.importance.silent_tokens_F = SimpleNamespace(device=SimpleNamespace(type="cuda"), max=longest)
+    found = []
+    for state.step in range(24):
+        found.append(train.dead_possible(state, 16))
+    assert asked == [0, 7, 14, 21, 22, 23] and found == [False] * 21 + [True] * 3
+
+
+@pytest.mark.gpu
 @needs_gpu
 def test_a_gpu_notices_dead_latents_at_the_step_at_which_a_processor_does():
     config = toys.run_config("run_6", steps=40, optimiser=Optimiser())
@@ -238,6 +256,7 @@ def test_a_gpu_notices_dead_latents_at_the_step_at_which_a_processor_does():
     assert seen["cpu"] == seen["cuda"] and True in seen["cpu"] and not seen["cpu"][0]
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_a_gpu_training_follows_a_processor_s():
     config = toys.run_config("run_6", steps=40)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import toys
 
+from fipo import lsh
 from fipo.config import LSH
 from fipo.lsh import bucket_numbers, candidate_pairs, collision_probability
 
@@ -220,6 +221,15 @@ def test_autocast_leaves_99_percent_of_the_codes_as_they_are():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_autocast_leaves_99_percent_of_the_codes_as_they_are_on_a_gpu():
     assert 0 < share_of_codes_changed_by_autocast("cuda") <= 0.01
+
+
+@pytest.mark.parametrize("at_once", [3, 8])
+def test_tables_served_together_find_the_same_pairs(at_once, monkeypatch):
+    unit_FD, priority_F = rows(200), torch.rand(200, generator=toys.seeded(1))
+    given = {"priority_F": priority_F, "capacity": 12, "bits": 3, "min_cosine": 0.2, "partners": 2}
+    one_by_one = found(unit_FD, **given)
+    monkeypatch.setattr(lsh, "tables_at_once", lambda *_: at_once)
+    assert torch.equal(found(unit_FD, **given), one_by_one) and len(one_by_one) > 50
 
 
 @pytest.mark.gpu
