@@ -11,10 +11,11 @@ PARITY ?=
 setup: $(VENV)/.ready
 
 # torch first and pinned: left to itself, pip would bring the newest build with several GB of CUDA.
-$(VENV)/.ready: pyproject.toml requirements/torch.txt requirements/locked.txt requirements/data.txt
+$(VENV)/.ready: pyproject.toml requirements/torch.txt requirements/triton.txt requirements/locked.txt requirements/data.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11, or give PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements/torch.txt
+	$(VENV)/bin/python -c "import triton" 2>/dev/null || $(VENV)/bin/pip install --quiet -r requirements/triton.txt
 	$(VENV)/bin/pip install --quiet -r requirements/locked.txt
 	$(VENV)/bin/pip install --quiet --no-deps --require-hashes -r requirements/data.txt
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .

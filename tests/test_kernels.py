@@ -103,6 +103,13 @@ def test_largest_of_batch_keeps_all_ties_whatever_the_floor(floor, shape, count)
     assert torch.equal(places[:found], expected[: len(places)]) and (places < flat.numel()).all()
 
 
+def test_what_is_no_normal_number_is_not_kept():
+    """Bits 127 are the largest number below the normal ones; of four numbers, two are positive and normal."""
+    keys_BF = torch.tensor([[127, 128, -5, 16_000]], dtype=torch.int16, device=DEVICE)
+    places, found = kernels.largest_of_batch(keys_BF, 4, torch.zeros((), dtype=torch.int16, device=DEVICE))
+    assert found == 2 and places[:2].tolist() == [1, 3]
+
+
 def test_of_more_ties_than_there_is_room_for_the_last_are_missing():
     keys_BF = torch.ones(4, 100, dtype=torch.bfloat16, device=DEVICE).view(torch.int16)
     places, found = kernels.largest_of_batch(keys_BF, 16, torch.zeros((), dtype=torch.int16, device=DEVICE))
