@@ -23,7 +23,7 @@ from benchmarks.gemma_job import GEMMA, PHASES, TINY, Job, RandomModel, feature_
 from benchmarks.our_step import make_families
 from benchmarks.roofline import Cost, counted
 from fipo.config import LSH
-from fipo.data.harvest import Chunk
+from fipo.data.harvest import BATCH_TOKENS_GPU, Chunk
 from fipo.pooling import pool
 from fipo.randomness import generator_for
 from fipo.state import build_state
@@ -56,7 +56,7 @@ def costs(job: Job) -> dict[str, Cost]:
 
 
 def block_cost(job: Job) -> Cost:
-    """One block of the model on one row of text. Kernels are those of a batch, shared by the 2,048 tokens of it."""
+    """One block of the model on one row of text. Kernels are those of a forward pass, shared by all tokens of it."""
     found = []
     for layers in (1, 2):
         sizes = job.model | {"num_hidden_layers": layers, "vocab_size": 16}
@@ -64,11 +64,12 @@ def block_cost(job: Job) -> Cost:
         ids_BS = torch.full((1, lm.context), 3)
         found.append(counted(lambda lm=lm, ids_BS=ids_BS: lm.activations(ids_BS, torch.ones_like(ids_BS).bool())))
     cost = found[1].plus(found[0], -1)
-    return cost._replace(kernels=cost.kernels * lm.context / max(2048, lm.context))
+    return cost._replace(kernels=cost.kernels * lm.context / max(BATCH_TOKENS_GPU, lm.context))
 
 
 def step_cost(job: Job) -> Cost:
-    """One step of one SAE, between refreshes of the pairs, and a share of a refresh."""
+    """One step of one SAE, between refreshes of the pairs, which one call starts (`fipo.graphs`), and a share of a
+    refresh."""
     workload, width = job.workload, job.model["hidden_size"]
     config = run_config(workload)
     state = build_state(config, 0, torch.zeros(width), 1.0)
@@ -76,11 +77,11 @@ def step_cost(job: Job) -> Cost:
     acts_BD = torch.randn(workload.batch_tokens, width, generator=generator_for(0, "acts"))
     first = counted(lambda: train_step(state, acts_BD))
     step = counted(lambda: train_step(state, acts_BD))
-    return step.plus(first.plus(step, -1), 1 / LSH().refresh_every)
+    return step._replace(kernels=1).plus(first.plus(step, -1), 1 / LSH().refresh_every)
 
 
 def pooling_cost(job: Job) -> Cost:
-    """Encoding and pooling of one text for one layer: channels, latents, random control. Kernels as of 2,048 tokens."""
+    """Encoding and pooling of one text for one layer: channels, latents, random control. Kernels as of a whole pass."""
     workload, width = job.workload, job.model["hidden_size"]
     state = build_state(run_config(workload), 0, torch.zeros(width), 1.0)
     lm: Any = SimpleNamespace(width=width, device="cpu")
@@ -88,7 +89,7 @@ def pooling_cost(job: Job) -> Cost:
     acts_BLD = torch.randn(workload.context, 1, width, generator=generator_for(0, "acts"))
     text_B = torch.zeros(workload.context, dtype=torch.int64)
     cost = counted(lambda: pool([Chunk(acts_BLD, text_B)], 1, maps, workload.layers[:1]))
-    return cost._replace(kernels=cost.kernels * workload.context / max(2048, workload.context))
+    return cost._replace(kernels=cost.kernels * workload.context / max(BATCH_TOKENS_GPU, workload.context))
 
 
 def fit_cost(job: Job) -> Cost:
