@@ -234,20 +234,22 @@ def test_recorded_steps_equal_steps_bit_by_bit(name, monkeypatch):
     assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
 
 
-def test_a_gpu_is_asked_for_dead_latents_only_when_one_can_be():
-    """Of 100 tokens' silence at 16 a step, dead at 200: asked at once, and 7 steps later, whatever lies between."""
-    asked = []
+@pytest.mark.parametrize(("dead", "asked", "possible"), [(200, [0, 7, 14, 21, 22, 23], 3), (196, [0, 6, 12, 18], 0)])
+def test_a_gpu_is_asked_for_dead_latents_only_when_one_can_be(dead, asked, possible):
+    """It always says 100 tokens of silence, from step 20 on 500; a step has 16."""
+    seen = []
 
     def longest():
-        asked.append(state.step)
+        seen.append(state.step)
         return SimpleNamespace(item=lambda: 100 if state.step < 20 else 500)
 
-    state = build_state(toys.run_config("run_6", workload=toys.workload(dead_tokens=200)), 0, torch.zeros(8), 1.0)
+    config = toys.run_config("run_6", workload=toys.workload(dead_tokens=dead))
+    state = build_state(config, 0, torch.zeros(toys.WIDTH), 1.0)
     state.importance.silent_tokens_F = SimpleNamespace(device=SimpleNamespace(type="cuda"), max=longest)
     found = []
     for state.step in range(24):
-        found.append(train.dead_possible(state, 16))
-    assert asked == [0, 7, 14, 21, 22, 23] and found == [False] * 21 + [True] * 3
+        found.append(train.dead_possible(state, toys.BATCH))
+    assert seen == asked and found == [False] * (24 - possible) + [True] * possible
 
 
 @pytest.mark.gpu
