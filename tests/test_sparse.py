@@ -6,7 +6,7 @@ import pytest
 import torch
 import toys
 
-from fipo.activations import BatchTopK, TopK, build_activation, largest
+from fipo.activations import BatchTopK, TopK, _partitioned, build_activation, largest
 from fipo.decoding import decode_levels
 from fipo.importance import ImportanceEMA
 from fipo.sparse import Codes, attach, grouped, pairs_of, positive, row_products, sum_rows
@@ -51,6 +51,20 @@ def test_the_search_through_tiles_finds_the_k_largest(latents, k):
     pre_BF = torch.randn(20, latents, generator=toys.seeded(latents))
     found_BK = pre_BF.gather(1, largest(pre_BF, k))
     assert torch.equal(found_BK.sort(1, descending=True).values, pre_BF.topk(k).values)
+
+
+@pytest.mark.parametrize(
+    ("shape", "k"), [((7, 1), 1), ((3, 40), 40), ((5, 400), 16), ((800, 400), 32), ((2, 70_000), 9)]
+)
+def test_of_equal_numbers_the_first_are_found(shape, k):
+    """int16 of the whole range, each about thrice; up to 65,536 a row, beyond which only the values are promised."""
+    keys_BF = torch.randint(-(2**15), 2**15, shape, generator=toys.seeded()).to(torch.int16)
+    keys_BF = torch.where(torch.rand(shape, generator=toys.seeded(1)) < 0.7, keys_BF // 1000 * 1000, keys_BF)
+    found_BK = _partitioned(keys_BF, k).sort(1).values
+    expected_BK = keys_BF.int().sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+    if shape[1] <= 2**16:
+        assert torch.equal(found_BK, expected_BK)
+    assert torch.equal(keys_BF.gather(1, found_BK).sort(1).values, keys_BF.gather(1, expected_BK).sort(1).values)
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 1.2, 1.5, 2.0, 100.0])
