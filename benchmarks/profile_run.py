@@ -31,14 +31,14 @@ WANTED = {
 DENSE = {"SAE: dense decode": ["decoding.py:decode"], "SAE: dense backward": [BACKWARD]}
 SPARSE = {"step: rest of the backward pass": [BACKWARD]}
 OTHER = {
-    "step: search of the largest": ["activations.py:_kept", "activations.py:largest"],
+    "step: search of the largest": ["search.py:largest_of_batch", "search.py:largest_of_rows"],
     "step: pairs sorted by latent and by level": ["sparse.py:grouped"],
     "step: levels": ["objective.py:forward"],
     "step: candidate pairs": ["train.py:refresh_pairs"],
-    "step: reservoir and revival": ["train.py:revive_dead"],
+    "step: reservoir and revival": ["reservoir.py:offer", "train.py:revive_dead"],
     "step: optimiser": ["adam.py:step", "sae.py:normalise_decoder", "sae.py:project_decoder_gradient"],
     "step: importance": ["importance.py:collect", "importance.py:commit", "importance.py:values"],
-    "step: gradient norm": ["clip_grad.py:_get_total_norm", "train.py:check_finite"],
+    "step: gradient norm": ["clip_grad.py:_get_total_norm", "update.py:add", "update.py:check"],
     "log and measures: mean max cosine": ["metrics.py:max_cosines"],
     "shuffle buffer": ["buffer.py:next_batch"],
     "checkpoints": ["loop.py:save"],

@@ -7,24 +7,18 @@
     jumprelu   a = pre 1[pre > θ], θ learned            sparsity: L0 by a straight-through estimate
                                                         (Rajamanoharan et al. 2024)
 
-Shapes: B tokens, D model width, F latents, N active pairs, T tiles of G latents. Codes are non-negative. An activation
+Shapes: B tokens, D model width, F latents, N active pairs. Codes are non-negative. An activation
 is a module so that a forward hook can read the codes (fipo.importance); none changes its own state in `forward`. The
 two that are sparse also give their codes as pairs, which cost less from there on (fipo.sparse).
-
-The search for the largest values goes through tiles: latents f, f + F/G, f + 2F/G, .. are one tile, and only tiles
-whose maximum is large enough are opened. The result is that of a search through everything.
 """
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
-from fipo.sparse import Codes, kernels_for, pairs
-
-TILE = 8
-"""G. The maxima cost one fast pass and leave an eighth to search."""
+from fipo.search import largest_of_batch, largest_of_rows
+from fipo.sparse import Codes, pairs
 
 
 class Activation(nn.Module):
@@ -47,56 +41,6 @@ class Activation(nn.Module):
         """How short the budget of active latents is, from 0 (nothing of weight is cut off) to 1, 0-d; 0 without a
         budget, or where it is not known."""
         return torch.zeros(())
-
-
-def ordered(values: Tensor) -> Tensor:
-    """Numbers that are ordered as the positive `values` are, and below them where these are not: of bfloat16 its bits,
-    since integers are found and sorted faster; of other types the values themselves."""
-    return values.view(torch.int16) if values.dtype == torch.bfloat16 else values
-
-
-def _tiles(pre_BF: Tensor) -> Tensor:
-    """[B, G, T], by tiles; of one latent each where F is no multiple of G."""
-    return pre_BF.unflatten(1, (-1, pre_BF.shape[1] // TILE) if pre_BF.shape[1] % TILE == 0 else (1, -1))
-
-
-def largest(pre_BF: Tensor, k: int) -> Tensor:
-    """Latents [B, K] of each token's K largest values: those of the K tiles of largest maximum hold them. Among the
-    negative, which give no code, bfloat16 may choose otherwise."""
-    pre_BF = ordered(pre_BF)
-    kernels = kernels_for(pre_BF) if pre_BF.dtype == torch.int16 else None
-    if kernels and pre_BF.shape[1] <= kernels.LONGEST:
-        return kernels.largest(pre_BF, k)
-    tiles_BGT = _tiles(pre_BF)
-    if tiles_BGT.shape[2] < 2 * k or tiles_BGT.shape[1] == 1:
-        return _partitioned(pre_BF, k) if pre_BF.dtype == torch.int16 else pre_BF.topk(k, dim=-1, sorted=False).indices
-    tiles_BK = largest(tiles_BGT.amax(1), k)
-    firsts_G = torch.arange(0, pre_BF.shape[1], tiles_BGT.shape[2], device=pre_BF.device)
-    latents_BN = (tiles_BK[:, None, :] + firsts_G[:, None]).flatten(1)
-    return latents_BN.gather(1, largest(pre_BF.gather(1, latents_BN), k))
-
-
-def _partitioned(keys_BF: Tensor, k: int) -> Tensor:
-    """Places [B, K] of each row's K largest int16 numbers, of equal ones the first. NumPy's partition has vector code
-    for them where `topk` has none, but gives no places: they are the lower half of what it partitions."""
-    columns = keys_BF.shape[1]
-    if keys_BF.device.type != "cpu" or columns > 65_536 or k == columns:
-        return keys_BF.topk(k, dim=-1, sorted=False).indices
-    places_F = torch.arange(65_535, 65_535 - columns, -1, dtype=torch.int32)
-    packed_BF = keys_BF.int().mul_(65_536).add_(places_F)
-    parts = packed_BF.chunk(torch.get_num_threads() if packed_BF.numel() > 2**18 else 1)
-    with ThreadPoolExecutor(len(parts)) as pool:
-        list(pool.map(lambda part_NF: part_NF.numpy().partition(columns - k, axis=1), parts))
-    return 65_535 - (packed_BF[:, columns - k :] & 65_535).long()
-
-
-def above(pre_BF: Tensor, maxima_BT: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, tokens (rising) and latents of what is positive and at least `floor`; `maxima_BT` are the tiles'."""
-    floor = floor.to(pre_BF.dtype).clamp_min(torch.finfo(pre_BF.dtype).tiny)
-    token_T, tile_T = (ordered(maxima_BT) >= ordered(floor)).nonzero(as_tuple=True)
-    values_TG = _tiles(pre_BF)[token_T, :, tile_T]
-    place_N, member_N = (ordered(values_TG) >= ordered(floor)).nonzero(as_tuple=True)
-    return values_TG[place_N, member_N], token_T[place_N], member_N * maxima_BT.shape[1] + tile_T[place_N]
 
 
 class ReLU(Activation):
@@ -124,7 +68,7 @@ class TopK(Activation):
     def forward(self, pre_BF: Tensor, *, as_pairs: bool = False, k: int | None = None) -> Codes | Tensor:
         """Codes [B, F], or their pairs without a gradient."""
         k = k or self.k
-        latents_BK = largest(pre_BF.detach(), k)
+        latents_BK = largest_of_rows(pre_BF.detach(), k)
         values_BK = pre_BF.gather(-1, latents_BK).relu()
         if not as_pairs:
             return torch.zeros_like(pre_BF).scatter(-1, latents_BK, values_BK)
@@ -155,7 +99,9 @@ class BatchTopK(Activation):
         """Codes [B, F], or their pairs without a gradient."""
         count = min((k or self.k) * pre_BF.shape[0], pre_BF.numel())
         if as_pairs:
-            return pairs(*self._kept(pre_BF.detach(), count), *pre_BF.shape)
+            assert self.training, "in evaluation the threshold decides, token by token"
+            found = largest_of_batch(pre_BF.detach(), count, 0.95 * self.threshold)  # little can have changed since
+            return pairs(*found, *pre_BF.shape)
         if self.training:
             keep_BF = pre_BF >= self._boundary(pre_BF.detach(), count).clamp_min(0)
         else:
@@ -169,33 +115,6 @@ class BatchTopK(Activation):
         if candidates.numel() < count:
             candidates = pre_BF.flatten()
         return candidates.topk(count, sorted=False).values.min()
-
-    def _kept(self, pre_BF: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, tokens and latents of the positive codes, on a GPU with zeros after them. The search starts at the
-        running threshold, as in `_boundary`; without one, or with too few values above it, at the boundary of the
-        tiles' maxima, below which none can be."""
-        assert self.training, "in evaluation the threshold decides, token by token"
-        kernels = kernels_for(pre_BF) if pre_BF.dtype == torch.bfloat16 else None
-        if kernels:
-            places_N, found = kernels.largest_of_batch(
-                ordered(pre_BF), count, ordered(0.95 * self.threshold.bfloat16())
-            )
-            there_N = torch.arange(len(places_N), device=found.device) < found
-            values_N = torch.where(there_N, pre_BF.flatten()[places_N], 0)
-            return values_N, places_N // pre_BF.shape[1], places_N % pre_BF.shape[1]
-        maxima_BT = _tiles(ordered(pre_BF)).amax(1).view(pre_BF.dtype)
-        found = above(pre_BF, maxima_BT, 0.95 * self.threshold) if self.threshold > 0 else None
-        if found is None or found[0].numel() < count:
-            least = torch.zeros_like(self.threshold)
-            if count <= maxima_BT.numel():
-                least = maxima_BT.flatten().topk(count, sorted=False).values.min()
-            found = above(pre_BF, maxima_BT, least)
-        if found[0].numel() <= count:
-            return found
-        ordered_N = ordered(found[0])
-        kept_N = (ordered_N >= ordered_N.sort().values[-count]).nonzero().squeeze(1)
-        values_N, token_N, latent_N = (part_N[kept_N] for part_N in found)
-        return values_N, token_N, latent_N
 
     @torch.no_grad()
     def observe(self, codes: Codes | Tensor) -> None:

@@ -10,9 +10,9 @@ import tiny
 
 from benchmarks import profile_run
 
-UNUSED = {"activations.py:largest", "loop.py:save", "screen.py:_left", "sae_probes.py:_training_texts"}
+UNUSED = {"search.py:largest_of_rows", "loop.py:save", "screen.py:_left", "sae_probes.py:_training_texts"}
 """Functions of other architectures and workloads, of longer runs and of other processors."""
-SPARSE_ONLY = {"sparse.py:sum_rows", "sparse.py:row_products", "activations.py:_kept", "sparse.py:grouped"}
+SPARSE_ONLY = {"sparse.py:sum_rows", "sparse.py:row_products", "search.py:largest_of_batch", "sparse.py:grouped"}
 
 
 @pytest.fixture(params=["run_6", "run_1"])

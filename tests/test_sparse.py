@@ -6,9 +6,10 @@ import pytest
 import torch
 import toys
 
-from fipo.activations import BatchTopK, TopK, _partitioned, build_activation, largest
+from fipo.activations import BatchTopK, TopK, build_activation
 from fipo.decoding import decode_levels
 from fipo.importance import ImportanceEMA
+from fipo.search import _partitioned, largest_of_rows
 from fipo.sparse import Codes, attach, grouped, pairs_of, positive, row_products, sum_rows
 from fipo.state import TrainState
 from fipo.train import latent_levels, train_step
@@ -49,7 +50,7 @@ def test_pairs_are_the_codes_of_the_matrix(name, latents, k):
 @pytest.mark.parametrize("k", [1, 5, 16])
 def test_the_search_through_tiles_finds_the_k_largest(latents, k):
     pre_BF = torch.randn(20, latents, generator=toys.seeded(latents))
-    found_BK = pre_BF.gather(1, largest(pre_BF, k))
+    found_BK = pre_BF.gather(1, largest_of_rows(pre_BF, k))
     assert torch.equal(found_BK.sort(1, descending=True).values, pre_BF.topk(k).values)
 
 

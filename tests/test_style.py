@@ -24,6 +24,7 @@ CORE = [
         "sae",
         "decoding",
         "sparse",
+        "search",
         "objective",
         "importance",
         "priority",
@@ -171,7 +172,7 @@ def test_no_tracker_knows_the_sae():
 
 def test_the_sae_knows_no_tracker():
     for name in ("sae", "activations", "decoding", "objective"):
-        assert fipo_modules(name) <= {"activations", "decoding", "sparse", "priority"}, name
+        assert fipo_modules(name) <= {"activations", "search", "decoding", "sparse", "priority"}, name
 
 
 def test_the_layers_point_down_and_only_step_and_state_know_all():

@@ -1,4 +1,4 @@
-"""The largest numbers of a row or of a batch on a GPU, as `fipo.activations` finds them elsewhere. Numbers are int16:
+"""The largest numbers of a row or of a batch on a GPU, as `fipo.search` finds them elsewhere. Numbers are int16:
 the bits of bfloat16, ordered as these are where they are positive.
 
 Shapes: B tokens, F latents, K of them a token.

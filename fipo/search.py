@@ -1,0 +1,113 @@
+"""The largest numbers of a row or of a batch: which pre-activations become codes.
+
+On a processor NumPy finds them, whose partition and search have vector code where torch's have none, under as many
+threads as torch has; on a GPU kernels do (fipo.kernels). bfloat16 is searched by its bits, int16: they are ordered as
+the positive numbers are, and below them for the others. Shapes: B tokens, F latents, K of them a token, N places, T
+tiles of G latents.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fipo.sparse import kernels_for
+
+TILE = 8
+"""G. The maxima cost one fast pass and leave an eighth to search."""
+_CHUNK = 2**18
+"""Numbers that stay in the cache of a core."""
+
+
+def ordered(values: Tensor) -> Tensor:
+    """Numbers that are ordered as the positive `values` are, and below them where these are not."""
+    return values.view(torch.int16) if values.dtype == torch.bfloat16 else values
+
+
+def largest_of_rows(pre_BF: Tensor, k: int) -> Tensor:
+    """Latents [B, K] of each token's K largest values. Among the negative, which give no code, bfloat16 may choose
+    otherwise.
+
+    Latents f, f + F/G, f + 2F/G, .. are one tile; the K tiles of largest maximum hold what is sought."""
+    keys_BF = ordered(pre_BF)
+    kernels = kernels_for(keys_BF) if keys_BF.dtype == torch.int16 else None
+    if kernels and keys_BF.shape[1] <= kernels.LONGEST:
+        return kernels.largest(keys_BF, k)
+    tiles, left_over = divmod(keys_BF.shape[1], TILE)
+    if tiles < 2 * k or left_over:
+        return _partitioned(keys_BF, k)
+    tiles_BK = largest_of_rows(keys_BF.unflatten(1, (TILE, tiles)).amax(1), k)
+    firsts_G = torch.arange(0, keys_BF.shape[1], tiles, device=keys_BF.device)
+    latents_BN = (tiles_BK[:, None, :] + firsts_G[:, None]).flatten(1)
+    return latents_BN.gather(1, largest_of_rows(keys_BF.gather(1, latents_BN), k))
+
+
+def largest_of_batch(pre_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, tokens and latents of the `count` largest values of a batch, as far as they are positive, and of all that
+    equal the least of them; ordered by token, on a GPU with zeros after them.
+
+    `floor`, 0-d, has no influence on the result: the search begins above it, and is done again without it where too
+    few numbers are there.
+    """
+    kernels, keys_BF = kernels_for(pre_BF), ordered(pre_BF)
+    floor, tiny = ordered(floor.to(pre_BF.dtype)), torch.finfo(pre_BF.dtype).tiny
+    if kernels and keys_BF.dtype == torch.int16:
+        places_N, found = kernels.largest_of_batch(keys_BF, count, floor)
+        there_N = torch.arange(len(places_N), device=found.device) < found
+        values_N = torch.where(there_N, pre_BF.flatten()[places_N], 0)
+    else:
+        tiny = ordered(torch.tensor(tiny, dtype=pre_BF.dtype)).item()
+        places_N = _at_least(keys_BF, max(floor.item(), tiny))
+        if len(places_N) < count:
+            places_N = _at_least(keys_BF, max(_kth_largest(keys_BF.flatten(), count), tiny))
+        if len(places_N) > count:
+            keys_N = keys_BF.flatten()[places_N]
+            places_N = places_N[_at_least(keys_N, _kth_largest(keys_N, count))]
+        values_N = pre_BF.flatten()[places_N]
+    token_N = places_N // pre_BF.shape[1]
+    return values_N, token_N, places_N - token_N * pre_BF.shape[1]
+
+
+def _partitioned(keys_BF: Tensor, k: int) -> Tensor:
+    """Places [B, K] of each row's K largest numbers; of equal int16 ones the first. A partition gives no places: they
+    are the lower half of what is partitioned."""
+    columns = keys_BF.shape[1]
+    if keys_BF.device.type != "cpu" or keys_BF.dtype != torch.int16 or columns > 65_536 or k == columns:
+        return keys_BF.topk(k, dim=-1, sorted=False).indices
+    places_F = torch.arange(65_535, 65_535 - columns, -1, dtype=torch.int32)
+    packed_BF = keys_BF.int().mul_(65_536).add_(places_F)
+    _in_threads(
+        lambda part_NF: part_NF.numpy().partition(columns - k, axis=1), packed_BF.chunk(torch.get_num_threads())
+    )
+    return 65_535 - (packed_BF[:, columns - k :] & 65_535).long()
+
+
+def _at_least(keys: Tensor, least: float) -> Tensor:
+    """Places, rising, in all the numbers one after another, of those that are not less."""
+    flat = keys.flatten()
+    if flat.device.type != "cpu":
+        return (flat >= least).nonzero().squeeze(1)
+    starts = range(0, len(flat), _CHUNK)
+    numbers = flat.numpy()
+    found = _in_threads(lambda start: start + np.flatnonzero(numbers[start : start + _CHUNK] >= least), starts)
+    return torch.from_numpy(np.concatenate(found)) if found else torch.zeros(0, dtype=torch.int64)
+
+
+def _kth_largest(keys_N: Tensor, k: int) -> float:
+    """The k-th largest number."""
+    if keys_N.device.type != "cpu":
+        return keys_N.topk(k, sorted=False).values.min().item()
+    return np.partition(keys_N.numpy(), len(keys_N) - k)[len(keys_N) - k].item()
+
+
+def _in_threads(work: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
+    """`work` on each part, by as many threads as torch has; NumPy lets others run meanwhile."""
+    threads = min(torch.get_num_threads(), len(parts))
+    if threads <= 1:
+        return [work(part) for part in parts]
+    shares = [parts[len(parts) * n // threads : len(parts) * (n + 1) // threads] for n in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        return [done for share in pool.map(lambda share: [work(part) for part in share], shares) for done in share]
