@@ -1,5 +1,7 @@
 """fipo.data.harvest: batching and padding change nothing, any start is possible, NaN stops."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -45,6 +47,20 @@ def test_windows_keep_the_order_of_texts_and_batches_stay_small(load_lm):
     assert max(batch * length for batch, length in seen) <= 60 and len(seen) > 5
     windows = (text_N // 10).tolist()
     assert windows == sorted(windows) and set(text_N.tolist()) == set(range(25))
+
+
+@pytest.mark.parametrize(("device", "passes"), [("cpu", 3), ("cuda", 1)])
+def test_a_gpu_is_given_more_at_a_time(device, passes):
+    """Three times 2,048 tokens in rows of 128, in one window; a stand-in counts the passes."""
+    seen = []
+
+    def activations(ids_BS, _mask_BS):
+        seen.append(ids_BS.numel())
+        return torch.zeros(1, *ids_BS.shape, 2)
+
+    lm = SimpleNamespace(special_ids=[0], pad_id=0, activations=activations, device=device)
+    acts_NLD, _ = whole(harvest(lm, [[1] * 128] * 48))
+    assert len(seen) == passes and len(acts_NLD) == sum(seen) == 3 * 2048
 
 
 def test_rows_without_content_are_passed_over(load_lm):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import toys
 
-from fipo import objective
+from fipo import objective, train
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.config import LSH, Levels, Optimiser, Penalty, RunConfig
 from fipo.errors import UserError
@@ -442,6 +442,18 @@ def test_the_step_lets_the_shortage_of_its_activation_decide(monkeypatch):
         state.sae.activation.mean.fill_(1.0)
         run(state, toys.activations(1))
     assert seen == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(("at", "steps", "told"), [(3, 12, 12), (13, 20, 16), (17, 20, 20)])
+def test_what_a_gpu_found_is_told_at_every_sixteenth_step_and_at_the_last(at, steps, told, monkeypatch):
+    """Here no update asks, as on a GPU."""
+    monkeypatch.setattr(train, "update", lambda *_: None)
+    state = toys.fresh(toys.run_config("topk", steps=steps))
+    with pytest.raises(UserError, match="the gradient"):
+        for acts_BD in toys.activations(steps):
+            state.faults.found_5[4] |= state.step == at
+            train_step(state, acts_BD)
+    assert state.step == told
 
 
 def test_decoder_only_is_the_last_share_of_the_steps():

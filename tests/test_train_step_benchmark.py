@@ -60,6 +60,23 @@ def test_trainers_take_turns_and_ratios_are_theirs_over_ours(monkeypatch):
     }
 
 
+def test_of_a_turn_the_second_step_counts():
+    class Clock(bench.Trainer):
+        def __init__(self):
+            self.name, self.setting, self.seconds, self.peak, self.before, self.steps = "fipo", "pairs", [], 1, 0, 0
+
+        def step(self):
+            self.steps += 1
+            return float(self.steps)
+
+        def end(self):
+            """There is no process."""
+
+    clock = Clock()
+    rows, _ = bench.step_rows({"fipo": [clock]}, "toy", 32, 3)
+    assert clock.seconds == [4.0, 6.0, 8.0] and rows[0]["ms a step"] == 6000.0
+
+
 def test_growth_is_measured_against_the_encoders_product():
     rows, ratios = bench.growth_rows((64, 128), 1, width=16, batch=32, k=4)
     assert [row["F"] for row in rows] == [64, 128] and all(row["step / gemm"] > 1 for row in rows)
