@@ -6,6 +6,7 @@ the positive numbers are, and below them for the others. Shapes: B tokens, F lat
 tiles of G latents.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -62,7 +63,10 @@ def largest_of_batch(pre_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor,
         tiny = ordered(torch.tensor(tiny, dtype=pre_BF.dtype)).item()
         places_N = _at_least(keys_BF, max(floor.item(), tiny))
         if len(places_N) < count:
-            places_N = _at_least(keys_BF, max(_kth_largest(keys_BF.flatten(), count), tiny))
+            tiles, left_over = divmod(keys_BF.shape[1], TILE)
+            maxima_BT = keys_BF if left_over else keys_BF.unflatten(1, (TILE, tiles)).amax(1)
+            few = count <= maxima_BT.numel()  # below their `count`-th largest none can be among those sought
+            places_N = _at_least(keys_BF, max(_kth_largest(maxima_BT.flatten(), count), tiny) if few else tiny)
         if len(places_N) > count:
             keys_N = keys_BF.flatten()[places_N]
             places_N = places_N[_at_least(keys_N, _kth_largest(keys_N, count))]
@@ -105,9 +109,18 @@ def _kth_largest(keys_N: Tensor, k: int) -> float:
 
 def _in_threads(work: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
     """`work` on each part, by as many threads as torch has; NumPy lets others run meanwhile."""
-    threads = min(torch.get_num_threads(), len(parts))
-    if threads <= 1:
-        return [work(part) for part in parts]
+    threads = max(1, min(torch.get_num_threads(), len(parts)))
     shares = [parts[len(parts) * n // threads : len(parts) * (n + 1) // threads] for n in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
-        return [done for share in pool.map(lambda share: [work(part) for part in share], shares) for done in share]
+
+    def one_by_one(share: Sequence[Any]) -> list[Any]:
+        return [work(part) for part in share]
+
+    others = [_helpers(threads - 1).submit(one_by_one, share) for share in shares[1:]]
+    done = one_by_one(shares[0])
+    return done + [result for other in others for result in other.result()]
+
+
+@functools.cache
+def _helpers(count: int) -> ThreadPoolExecutor:
+    """Threads beside this one. They stay: each new one would come with memory of its own."""
+    return ThreadPoolExecutor(count)
