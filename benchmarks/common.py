@@ -61,28 +61,20 @@ def publish(
     ratios: Mapping[str, float],
     path: Path | None,
     settings: Mapping[str, Any] | None = None,
+    *,
+    so_far: bool = False,
 ) -> None:
     """Print the rows as Markdown tables with the ratios below; write them with hardware and versions to `path`.
 
-    `settings`: what a reader must know of how the numbers came about.
+    `settings`: what a reader must know of how the numbers came about. `so_far`: more will come, and the file alone is
+    written, so that a benchmark that is cut off leaves what it measured.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{name} on {hardware(device)}\n")
-    print("".join(f"{key}: {shown(value)}\n" for key, value in (settings or {}).items()))
-    print(tables(rows))
-    print("\n" + "\n".join(f"{key}: {value:.3g}" for key, value in ratios.items()))
-    record(name, rows, ratios, path, settings)
-
-
-def record(
-    name: str,
-    rows: Sequence[Mapping[str, Any]],
-    ratios: Mapping[str, float],
-    path: Path | None,
-    settings: Mapping[str, Any] | None = None,
-) -> None:
-    """Write what there is so far, so that a benchmark that is cut off leaves what it measured."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not so_far:
+        print(f"{name} on {hardware(device)}\n")
+        print("".join(f"{key}: {shown(value)}\n" for key, value in (settings or {}).items()))
+        print(tables(rows))
+        print("\n" + "\n".join(f"{key}: {value:.3g}" for key, value in ratios.items()))
     if path is not None:
         origin = provenance()
         write_json(

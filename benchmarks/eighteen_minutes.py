@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import roofline
-from benchmarks.common import arguments, publish, record
+from benchmarks.common import arguments, publish
 from benchmarks.gemma_job import GEMMA, PHASES, TINY, Job, RandomModel, feature_maps, measured, run_config, scales
 from benchmarks.our_step import make_families
 from benchmarks.roofline import Cost, counted
@@ -64,7 +64,12 @@ def block_cost(job: Job) -> Cost:
         ids_BS = torch.full((1, lm.context), 3)
         found.append(counted(lambda lm=lm, ids_BS=ids_BS: lm.activations(ids_BS, torch.ones_like(ids_BS).bool())))
     cost = found[1].plus(found[0], -1)
-    return cost._replace(kernels=cost.kernels * lm.context / max(BATCH_TOKENS_GPU, lm.context))
+    return of_a_pass(cost, lm.context)
+
+
+def of_a_pass(cost: Cost, tokens: int) -> Cost:
+    """The cost of so many tokens as a part of a whole pass, whose kernels all its tokens share."""
+    return cost._replace(kernels=cost.kernels * tokens / max(BATCH_TOKENS_GPU, tokens))
 
 
 def step_cost(job: Job) -> Cost:
@@ -89,7 +94,7 @@ def pooling_cost(job: Job) -> Cost:
     acts_BLD = torch.randn(workload.context, 1, width, generator=generator_for(0, "acts"))
     text_B = torch.zeros(workload.context, dtype=torch.int64)
     cost = counted(lambda: pool([Chunk(acts_BLD, text_B)], 1, maps, workload.layers[:1]))
-    return cost._replace(kernels=cost.kernels * workload.context / max(BATCH_TOKENS_GPU, workload.context))
+    return of_a_pass(cost, workload.context)
 
 
 def fit_cost(job: Job) -> Cost:
@@ -143,9 +148,10 @@ def main() -> None:
         times = scales(job)
         seconds = {phase: times[phase] * value for phase, value in measured(job, device).items()}
         rows = [{"phase": phase, "seconds, measured": seconds[phase]} for phase in PHASES]
-        record("eighteen_minutes", rows, in_time(job, seconds), given.json, settings)  # counting takes a while
-    found = costs(job)
-    if not given.tiny and device == "cpu":
+        publish("eighteen_minutes", rows, in_time(job, seconds), given.json, settings, so_far=True)  # counting is slow
+        found = costs(job)
+    else:
+        found = costs(job)
         kind, seconds = "prediction", {phase: cost.predicted for phase, cost in found.items()}
         settings = {"kind": "prediction, not measured", "card": roofline.CARD, **assumptions()}
     publish("eighteen_minutes", table(seconds, kind, found), in_time(job, seconds), given.json, settings)

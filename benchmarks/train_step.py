@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import arguments, as_found, interleaved, publish, record
+from benchmarks.common import arguments, as_found, interleaved, publish
 from benchmarks.our_step import Shape, fresh_state, gaussian, occasional
 from benchmarks.trainer_process import DEVICE, SETTINGS
 from fipo import objective
@@ -270,11 +270,11 @@ def main() -> None:
             more, settings = step_rows(started, what, shape[2], given.rounds)
             rows, tried, ratios = rows + more, tried + settings, ratios | compared(more, architecture, name)
             ratios[f"step_over_encoder_gemm_{architecture}_{name}"] = more[0]["ms a step"] / gemm["ms a step"]
-            record("train_step", rows + tried, ratios, given.json)
+            publish("train_step", rows + tried, ratios, given.json, so_far=True)
     if given.penalty:
         more, shares = penalty_rows(SHAPES["gemma_16k" if DEVICE == "cuda" else "16k"], given.rounds)
         rows, ratios = rows + more, ratios | shares
-        record("train_step", rows + tried, ratios, given.json)
+        publish("train_step", rows + tried, ratios, given.json, so_far=True)
     if given.growth:
         more, growth = growth_rows(GROWTH, given.rounds)
         rows, ratios = rows + more, ratios | growth

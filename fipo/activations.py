@@ -7,9 +7,9 @@
     jumprelu   a = pre 1[pre > θ], θ learned            sparsity: L0 by a straight-through estimate
                                                         (Rajamanoharan et al. 2024)
 
-Shapes: B tokens, D model width, F latents, N active pairs. Codes are non-negative. An activation
-is a module so that a forward hook can read the codes (fipo.importance); none changes its own state in `forward`. The
-two that are sparse also give their codes as pairs, which cost less from there on (fipo.sparse).
+Shapes: B tokens, D model width, F latents, N active pairs. Codes are non-negative. An activation is a module so that a
+forward hook can read the codes (fipo.importance); none changes its own state in `forward`. The two that are sparse also
+give their codes as pairs, which cost less from there on (fipo.sparse).
 """
 
 import math
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fipo.search import largest_of_batch, largest_of_rows
-from fipo.sparse import Codes, pairs
+from fipo.sparse import Codes, flat, pairs
 
 
 class Activation(nn.Module):
@@ -119,7 +119,7 @@ class BatchTopK(Activation):
     @torch.no_grad()
     def observe(self, codes: Codes | Tensor) -> None:
         """Let the inference threshold learn from one training batch's codes."""
-        values = (codes.values_N if isinstance(codes, Codes) else codes).flatten().float()
+        values = flat(codes).float()
         kept = values > 0
         least = torch.where(kept, values, math.inf).amin() if len(values) else self.threshold.new_full((), math.inf)
         mean = values.clamp_min(0).sum() / kept.sum().clamp_min(1)

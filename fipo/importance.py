@@ -18,6 +18,11 @@ from torch.utils.hooks import RemovableHandle
 from fipo.sparse import Codes
 
 
+def several_ranks() -> bool:
+    """Does this process train together with others?"""
+    return dist.is_available() and dist.is_initialized()
+
+
 class ImportanceEMA:
     """σ_F and the dead clock (tokens since each latent last fired). Knows codes, not SAEs."""
 
@@ -57,7 +62,7 @@ class ImportanceEMA:
     def commit(self) -> None:
         """Move the average by what was collected since the last commit, summed over the ranks; nothing if nothing."""
         tokens = self._tokens
-        if dist.is_available() and dist.is_initialized():
+        if several_ranks():
             count = torch.tensor([float(tokens)], dtype=torch.float64, device=self._sum_F.device)
             dist.all_reduce(self._sum_F)
             dist.all_reduce(self._largest_F, op=dist.ReduceOp.MAX)

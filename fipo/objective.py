@@ -61,8 +61,8 @@ class _NestedError(torch.autograd.Function):
 
         g_m = (1 - plain)·h_m + plain·M·r_M,      h_M = r_M,      h_m = r_m + (1-s)·h_{m+1}
 
-    Both passes over the levels are done on few tokens at a time, which stay in the cache. The
-    residuals are kept in units in which they are the gradient: c r with c = 2 / (M B D).
+    Both passes over the levels are done on few tokens at a time, which stay in the cache. The residuals are kept in
+    units in which they are the gradient: c r with c = 2 / (M B D).
     """
 
     @staticmethod

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fipo.activations import Activation
 from fipo.decoding import decode
-from fipo.sparse import Codes, attach, kernels_for, pairs_of, working
+from fipo.sparse import Codes, attach, pairs_of, working
 
 _ROWS = 128
 """Decoder rows that stay in the cache of a core."""
@@ -94,8 +94,6 @@ class SAE(nn.Module):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Return every decoder row to unit norm (call after each optimiser step)."""
-        if kernels := kernels_for(self.dec_FD):
-            return kernels.normalise_rows(self.dec_FD)
         for rows_ND in _cached(self.dec_FD):
             rows_ND /= rows_ND.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
@@ -104,12 +102,10 @@ class SAE(nn.Module):
         """Take from the decoder's gradient its part along each row, which the next normalisation would undo."""
         if self.dec_FD.grad is None:
             return
-        if kernels := kernels_for(self.dec_FD):
-            return kernels.project_rows(self.dec_FD.grad, self.dec_FD)
         for grad_ND, rows_ND in zip(_cached(self.dec_FD.grad), _cached(self.dec_FD), strict=True):
             grad_ND.addcmul_((grad_ND * rows_ND).sum(dim=1, keepdim=True), rows_ND, value=-1)
 
 
 def _cached(rows_FD: Tensor) -> tuple[Tensor, ...]:
-    """The rows in parts that stay in a core's cache through several operations."""
-    return rows_FD.split(_ROWS)
+    """The rows in parts that stay in a core's cache through several operations; a GPU gets them in one."""
+    return rows_FD.split(_ROWS if rows_FD.device.type == "cpu" else rows_FD.shape[0])

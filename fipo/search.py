@@ -37,10 +37,10 @@ def largest_of_rows(pre_BF: Tensor, k: int) -> Tensor:
     kernels = kernels_for(keys_BF) if keys_BF.dtype == torch.int16 else None
     if kernels and keys_BF.shape[1] <= kernels.LONGEST:
         return kernels.largest(keys_BF, k)
-    tiles, left_over = divmod(keys_BF.shape[1], TILE)
-    if tiles < 2 * k or left_over:
+    tiles = _tiles(keys_BF)
+    if tiles < 2 * k or tiles == keys_BF.shape[1]:
         return _partitioned(keys_BF, k)
-    tiles_BK = largest_of_rows(keys_BF.unflatten(1, (TILE, tiles)).amax(1), k)
+    tiles_BK = largest_of_rows(keys_BF.unflatten(1, (-1, tiles)).amax(1), k)
     firsts_G = torch.arange(0, keys_BF.shape[1], tiles, device=keys_BF.device)
     latents_BN = (tiles_BK[:, None, :] + firsts_G[:, None]).flatten(1)
     return latents_BN.gather(1, largest_of_rows(keys_BF.gather(1, latents_BN), k))
@@ -54,17 +54,16 @@ def largest_of_batch(pre_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor,
     few numbers are there.
     """
     kernels, keys_BF = kernels_for(pre_BF), ordered(pre_BF)
-    floor, tiny = ordered(floor.to(pre_BF.dtype)), torch.finfo(pre_BF.dtype).tiny
+    floor = ordered(floor.to(pre_BF.dtype))
     if kernels and keys_BF.dtype == torch.int16:
         places_N, found = kernels.largest_of_batch(keys_BF, count, floor)
         there_N = torch.arange(len(places_N), device=found.device) < found
         values_N = torch.where(there_N, pre_BF.flatten()[places_N], 0)
     else:
-        tiny = ordered(torch.tensor(tiny, dtype=pre_BF.dtype)).item()
+        tiny = ordered(torch.tensor(torch.finfo(pre_BF.dtype).tiny, dtype=pre_BF.dtype)).item()
         places_N = _at_least(keys_BF, max(floor.item(), tiny))
         if len(places_N) < count:
-            tiles, left_over = divmod(keys_BF.shape[1], TILE)
-            maxima_BT = keys_BF if left_over else keys_BF.unflatten(1, (TILE, tiles)).amax(1)
+            maxima_BT = keys_BF.unflatten(1, (-1, _tiles(keys_BF))).amax(1)
             few = count <= maxima_BT.numel()  # below their `count`-th largest none can be among those sought
             places_N = _at_least(keys_BF, max(_kth_largest(maxima_BT.flatten(), count), tiny) if few else tiny)
         if len(places_N) > count:
@@ -73,6 +72,11 @@ def largest_of_batch(pre_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor,
         values_N = pre_BF.flatten()[places_N]
     token_N = places_N // pre_BF.shape[1]
     return values_N, token_N, places_N - token_N * pre_BF.shape[1]
+
+
+def _tiles(keys_BF: Tensor) -> int:
+    """T; tiles of one latent each where F is no multiple of G."""
+    return keys_BF.shape[1] // TILE if keys_BF.shape[1] % TILE == 0 else keys_BF.shape[1]
 
 
 def _partitioned(keys_BF: Tensor, k: int) -> Tensor:

@@ -79,9 +79,14 @@ def pairs_of(codes_BF: Tensor) -> Codes:
     return pairs(codes_BF[token_N, latent_N], token_N, latent_N, *codes_BF.shape)
 
 
+def flat(codes: Codes | Tensor) -> Tensor:
+    """The values of a matrix or of pairs, one after another."""
+    return codes.values_N if isinstance(codes, Codes) else codes.flatten()
+
+
 def positive(codes: Codes | Tensor) -> Tensor:
     """All codes above 0, flat."""
-    values = codes.values_N if isinstance(codes, Codes) else codes
+    values = flat(codes)
     return values[values > 0]
 
 
@@ -100,8 +105,8 @@ def decode_pairs(codes: Codes, dec_FD: Tensor, level_F: Tensor | None, levels: i
 
 
 def kernels_for(tensor: Tensor) -> ModuleType | None:
-    """`fipo.kernels` for a tensor on a GPU, where Triton is installed; else None: torch does it."""
-    return _kernels() if tensor.is_cuda else None
+    """`fipo.kernels` for a tensor on a GPU, where Triton is installed; else, and for float64, None: torch does it."""
+    return _kernels() if tensor.is_cuda and tensor.dtype != torch.float64 else None
 
 
 @functools.cache
@@ -118,7 +123,7 @@ def sum_rows(
 ) -> Tensor:
     """Σ_n weight_n rows[row_n] over every segment of pairs, summed in float32 or wider, in the type of the rows; or in
     `dtype`, where that costs nothing."""
-    if (kernels := kernels_for(rows_RD)) and rows_RD.dtype != torch.float64:
+    if kernels := kernels_for(rows_RD):
         return kernels.sum_rows(rows_RD, row_N, weight_N, ends_S, dtype or rows_RD.dtype)
     weight_N = weight_N.to(rows_RD.dtype)
     return embedding_bag(row_N, rows_RD, ends_S, mode="sum", per_sample_weights=weight_N, include_last_offset=True)
@@ -126,14 +131,14 @@ def sum_rows(
 
 def reduce_segments(values_N: Tensor, ends_S: Tensor, how: str) -> Tensor:
     """`sum` or `max` (at least 0) of the numbers of every segment."""
-    if (kernels := kernels_for(values_N)) and values_N.dtype != torch.float64:
+    if kernels := kernels_for(values_N):
         return kernels.reduce_segments(values_N, ends_S, how)
     return torch.segment_reduce(values_N, how, offsets=ends_S, initial=0)
 
 
 def row_products(left_RD: Tensor, left_N: Tensor, right_RD: Tensor, right_N: Tensor) -> Tensor:
     """⟨left[left_n], right[right_n]⟩ of every pair, without the [N, D] of both sides."""
-    if (kernels := kernels_for(left_RD)) and left_RD.dtype != torch.float64:
+    if kernels := kernels_for(left_RD):
         return kernels.row_products(left_RD, left_N, right_RD, right_N)
     if left_N.numel() == 0:
         return left_RD.new_zeros(0)

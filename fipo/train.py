@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fipo import lsh, objective
 from fipo.decoding import decode, decode_levels
+from fipo.importance import several_ranks
 from fipo.method import Penalty
 from fipo.objective import Terms
 from fipo.revival import revive
@@ -111,11 +111,6 @@ def dead_possible(state: TrainState, batch: int) -> bool:
     if state.step >= state.alive_until:
         state.alive_until = state.step + math.ceil((most - silent_F.max().item()) / batch)
     return state.step >= state.alive_until
-
-
-def several_ranks() -> bool:
-    """Does this process train together with others?"""
-    return dist.is_available() and dist.is_initialized()
 
 
 def recordable(state: TrainState, plan: Plan) -> bool:

@@ -11,7 +11,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 pytest.importorskip("triton")
 
-from fipo import kernels, objective, sae, search, sparse, train, update  # noqa: E402
+from fipo import kernels, objective, search, sparse, train, update  # noqa: E402
 from fipo.config import LSH, Optimiser  # noqa: E402
 from fipo.graphs import StepGraphs  # noqa: E402
 from fipo.state import build_state  # noqa: E402
@@ -34,7 +34,7 @@ def by_kernels(monkeypatch):
     """The torch code asks for kernels on this device too."""
 
     def switch(on: bool) -> None:
-        for module in (objective, sae, search, sparse, update):
+        for module in (objective, search, sparse, update):
             monkeypatch.setattr(module, "kernels_for", lambda _tensor: kernels if on else None)
 
     return switch

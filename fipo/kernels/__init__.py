@@ -4,7 +4,7 @@ Each gives what the torch code beside its caller gives, up to the order of sums;
 Triton's interpreter where there is no GPU. Without atomics but of whole numbers: the same input gives the same bits.
 """
 
-from fipo.kernels.adam import adam, normalise_rows, squares
+from fipo.kernels.adam import adam, squares
 from fipo.kernels.loss import nested_error, scale
 from fipo.kernels.pairs import reduce_segments, row_products, sum_rows
 from fipo.kernels.search import LONGEST, largest, largest_of_batch
@@ -15,7 +15,6 @@ __all__ = [
     "largest",
     "largest_of_batch",
     "nested_error",
-    "normalise_rows",
     "reduce_segments",
     "row_products",
     "scale",

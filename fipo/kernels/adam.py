@@ -82,22 +82,6 @@ def _adam(
     tl.store(squares + place, square, mask=inside)
 
 
-def normalise_rows(rows_FD: Tensor) -> None:
-    """Bring every row to unit norm, in place."""
-    count, width = rows_FD.shape
-    assert rows_FD.is_contiguous()
-    _normalise_rows[(count,)](rows_FD, width, **_whole_rows(width))
-
-
-@triton.jit
-def _normalise_rows(rows, width, BLOCK: tl.constexpr):
-    columns, start = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64) * width
-    inside = columns < width
-    row = tl.load(rows + start + columns, mask=inside, other=0.0)
-    norm = tl.maximum(tl.sqrt(tl.sum(row * row)), 1e-12)
-    tl.store(rows + start + columns, row / norm, mask=inside)
-
-
 def _whole_rows(width: int) -> dict[str, int]:
     """How a program holds a row of this width."""
     block = triton.next_power_of_2(width)
