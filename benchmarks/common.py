@@ -26,7 +26,8 @@ def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
 
 def as_found() -> dict[str, str]:
     """The environment without what `import fipo` put into it: a rival runs as its users run it."""
-    return {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    ours = ("THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT")
+    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def interleaved(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:

@@ -16,8 +16,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+if sys.argv[1:2] == ["fipo"]:  # before torch, as in experiment.py
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from fipo.memory import keep_freed
+
+    keep_freed()
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Step = Callable[[Tensor], float | None]
@@ -131,7 +137,6 @@ def sparsify(architecture: str, setting: str, shape: Shape) -> Step:
 
 def fipo(architecture: str, setting: str, shape: Shape) -> Step:
     """`train_step` with every part of the method on, by pairs or by matrices."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     from benchmarks import our_step
 
     return our_step.stepper(architecture, shape, setting == "pairs", DEVICE)

@@ -5,19 +5,20 @@ The core (this import) needs torch, safetensors and numpy only. `experiment.py` 
 
 import os
 
-from fipo.activations import BatchTopK, JumpReLU, ReLU, TopK
-from fipo.config import RunConfig, Workload
-from fipo.errors import UserError
-from fipo.export import load_sae, save_sae
-from fipo.importance import ImportanceEMA
-from fipo.reservoir import BucketQueues, PriorityReservoir
-from fipo.sae import SAE
-from fipo.state import TrainState, build_state
-from fipo.train import train_step
-
-# PyTorch asks for large pages once it allocates, on Linux: the pages of a step's large tensors are then not met one by
-# one, a fifth of the time of a step at F = 16,384.
+# Read by torch and what it brings, which the next lines import. Large pages, on Linux: a step's large tensors are then
+# not met page by page. OpenMP's threads wait for work for 1 ms, not 16, before they sleep: ours need the cores.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+from fipo.activations import BatchTopK, JumpReLU, ReLU, TopK  # noqa: E402
+from fipo.config import RunConfig, Workload  # noqa: E402
+from fipo.errors import UserError  # noqa: E402
+from fipo.export import load_sae, save_sae  # noqa: E402
+from fipo.importance import ImportanceEMA  # noqa: E402
+from fipo.reservoir import BucketQueues, PriorityReservoir  # noqa: E402
+from fipo.sae import SAE  # noqa: E402
+from fipo.state import TrainState, build_state  # noqa: E402
+from fipo.train import train_step  # noqa: E402
 
 __all__ = [
     "SAE",

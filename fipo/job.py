@@ -27,7 +27,7 @@ from fipo.files import remove, remove_temporaries, write_json
 from fipo.lock import locked
 from fipo.log import read_log
 from fipo.loop import CHECKPOINTS, LOG, train_all
-from fipo.memory import enough_memory
+from fipo.memory import enough_memory, keep_freed
 from fipo.metrics import max_cosines, quality
 from fipo.provenance import hardware, provenance
 from fipo.report import FINAL, OUTCOMES
@@ -57,6 +57,7 @@ def run(out_dir: Path, experiments: Path) -> None:
     """Do, or finish, the run in `out_dir`; `experiments` holds the run files."""
     tidy_finished(out_dir)
     refuse_finished(out_dir)
+    keep_freed()
     phases = Phases()
     config = runs.resolve(out_dir, experiments)
     with StopSignals() as stop, writable(out_dir), locked(out_dir / LOCK), enough_memory("a run", TO_LOWER):

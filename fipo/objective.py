@@ -9,6 +9,7 @@ any D. Each `Terms` field is already weighted: the logged terms sum to the optim
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
+from fipo.decoding import decode, decode_levels
 from fipo.priority import by_priority, precedence
-from fipo.sparse import grouped, kernels_for, row_products, sum_rows
+from fipo.sparse import Codes, grouped, kernels_for, native_for, row_products, sum_rows, working
 
 _TOKENS = 256
 """Tokens whose residuals of all levels stay in the cache of a core."""
@@ -40,6 +42,67 @@ class Terms(NamedTuple):
 def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
     """mean_B ‖x - x̂‖² / D."""
     return (x_BD - x_hat_BD).pow(2).mean()
+
+
+def reconstruction_error(
+    codes: Codes | Tensor,
+    dec_FD: Tensor,
+    bias_D: Tensor,
+    x_BD: Tensor,
+    level_F: Tensor | None = None,
+    levels: int = 1,
+    stop_gradient: float | Tensor = 0.0,
+    plain: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`nested_error` of the parts that codes make; without `level_F` all are one."""
+    native = native_for(working(dec_FD[:0])) if isinstance(codes, Codes) and not kernels_for(x_BD) else None
+    if isinstance(codes, Codes) and native:
+        given = codes.values_N, dec_FD, bias_D, x_BD, codes, level_F, levels, float(stop_gradient), plain, native
+        return _PairsError.apply(*given)
+    parts_BMD = decode(codes, dec_FD)[:, None] if level_F is None else decode_levels(codes, dec_FD, level_F, levels)
+    return nested_error(parts_BMD, bias_D, x_BD, stop_gradient, plain)
+
+
+class _PairsError(torch.autograd.Function):
+    """Both at once, token by token (fipo.native): the parts are never built, their gradients are."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values_N: Tensor,
+        dec_FD: Tensor,
+        bias_D: Tensor,
+        x_BD: Tensor,
+        codes: Codes,
+        level_F: Tensor | None,
+        levels: int,
+        stop_gradient: float,
+        plain: float,
+        native: ModuleType,
+    ) -> tuple[Tensor, Tensor]:
+        level_F = torch.zeros(len(dec_FD), dtype=torch.int64) if level_F is None else level_F
+        starts_S = torch.searchsorted(codes.token_N, torch.arange(codes.batch + 1))
+        grad_BMD, grad_N, x_hat_BD, squares_M = native.nested_error(
+            values_N, codes.latent_N, starts_S, level_F, working(dec_FD), bias_D, x_BD,
+            levels=levels, stop_gradient=stop_gradient, plain=plain,
+        )  # fmt: skip
+        row_N = (codes.token_N * levels + level_F[codes.latent_N])[codes.order_N]
+        ctx.save_for_backward(grad_BMD, grad_N, row_N, values_N[codes.order_N], codes.ends_S)
+        ctx.dtype = dec_FD.dtype
+        ctx.mark_non_differentiable(x_hat_BD)
+        ctx.set_materialize_grads(False)
+        errors_M = squares_M / x_BD.numel()
+        return torch.lerp(errors_M.mean(), errors_M[-1], plain), x_hat_BD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        grad_BMD, grad_N, row_N, weight_N, ends_S = ctx.saved_tensors
+        grad_FD = sum_rows(grad_BMD.flatten(0, 1), row_N, weight_N, ends_S, ctx.dtype).to(ctx.dtype)
+        grads = grad_N, grad_FD, grad_BMD[:, 0].sum(0, dtype=ctx.dtype)
+        if grad != 1:  # a step's L_rec has weight 1
+            grads = tuple(own * grad for own in grads)
+        return *grads, *[None] * 7
 
 
 def nested_error(

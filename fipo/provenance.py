@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-LIBRARIES = ("torch", "numpy", "safetensors", "transformers", "datasets", "tokenizers", "pyarrow", "fipo-sae")
+LIBRARIES = ("torch", "numpy", "numba", "safetensors", "transformers", "datasets", "tokenizers", "pyarrow", "fipo-sae")
 
 
 def git_revision() -> str:

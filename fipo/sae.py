@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fipo.activations import Activation
 from fipo.decoding import decode
-from fipo.sparse import Codes, attach, pairs_of, working
+from fipo.sparse import Codes, affine, attach, pairs_of, working
 
 _ROWS = 128
 """Decoder rows that stay in the cache of a core."""
@@ -70,7 +70,7 @@ class SAE(nn.Module):
             return pre_BF, self.activation(pre_BF, k=k)
         with torch.no_grad():
             x_BD = working(x_BD)
-            codes = self.activation(self.pre_codes(x_BD), as_pairs=True, k=k)
+            codes = self.activation(affine(x_BD, self.enc_FD, self.enc_bias_F), as_pairs=True, k=k)
         return None, attach(codes, x_BD, self.enc_FD, self.enc_bias_F)
 
     def reconstruct(self, codes: Codes | Tensor) -> Tensor:

@@ -6,16 +6,12 @@ the positive numbers are, and below them for the others. Shapes: B tokens, F lat
 tiles of G latents.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from fipo.sparse import kernels_for
+from fipo.threads import in_threads
 
 TILE = 8
 """G. The maxima cost one fast pass and leave an eighth to search."""
@@ -87,9 +83,7 @@ def _partitioned(keys_BF: Tensor, k: int) -> Tensor:
         return keys_BF.topk(k, dim=-1, sorted=False).indices
     places_F = torch.arange(65_535, 65_535 - columns, -1, dtype=torch.int32)
     packed_BF = keys_BF.int().mul_(65_536).add_(places_F)
-    _in_threads(
-        lambda part_NF: part_NF.numpy().partition(columns - k, axis=1), packed_BF.chunk(torch.get_num_threads())
-    )
+    in_threads(lambda part_NF: part_NF.numpy().partition(columns - k, axis=1), packed_BF.chunk(torch.get_num_threads()))
     return 65_535 - (packed_BF[:, columns - k :] & 65_535).long()
 
 
@@ -100,7 +94,7 @@ def _at_least(keys: Tensor, least: float) -> Tensor:
         return (flat >= least).nonzero().squeeze(1)
     starts = range(0, len(flat), _CHUNK)
     numbers = flat.numpy()
-    found = _in_threads(lambda start: start + np.flatnonzero(numbers[start : start + _CHUNK] >= least), starts)
+    found = in_threads(lambda start: start + np.flatnonzero(numbers[start : start + _CHUNK] >= least), starts)
     return torch.from_numpy(np.concatenate(found)) if found else torch.zeros(0, dtype=torch.int64)
 
 
@@ -109,22 +103,3 @@ def _kth_largest(keys_N: Tensor, k: int) -> float:
     if keys_N.device.type != "cpu":
         return keys_N.topk(k, sorted=False).values.min().item()
     return np.partition(keys_N.numpy(), len(keys_N) - k)[len(keys_N) - k].item()
-
-
-def _in_threads(work: Callable[[Any], Any], parts: Sequence[Any]) -> list[Any]:
-    """`work` on each part, by as many threads as torch has; NumPy lets others run meanwhile."""
-    threads = max(1, min(torch.get_num_threads(), len(parts)))
-    shares = [parts[len(parts) * n // threads : len(parts) * (n + 1) // threads] for n in range(threads)]
-
-    def one_by_one(share: Sequence[Any]) -> list[Any]:
-        return [work(part) for part in share]
-
-    others = [_helpers(threads - 1).submit(one_by_one, share) for share in shares[1:]]
-    done = one_by_one(shares[0])
-    return done + [result for other in others for result in other.result()]
-
-
-@functools.cache
-def _helpers(count: int) -> ThreadPoolExecutor:
-    """Threads beside this one. They stay: each new one would come with memory of its own."""
-    return ThreadPoolExecutor(count)

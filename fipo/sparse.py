@@ -118,6 +118,20 @@ def _kernels() -> ModuleType | None:
     return kernels
 
 
+def native_for(tensor: Tensor) -> ModuleType | None:
+    """`fipo.native` for rows in bfloat16 on a processor, where Numba is installed; else None: torch does it."""
+    return _native() if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" else None
+
+
+@functools.cache
+def _native() -> ModuleType | None:
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from fipo import native
+
+    return native
+
+
 def sum_rows(
     rows_RD: Tensor, row_N: Tensor, weight_N: Tensor, ends_S: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -152,6 +166,20 @@ def working(rows: Tensor) -> Tensor:
     """In the type that matrix products have here: under autocast the lower one."""
     kind = rows.device.type
     return rows.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else rows
+
+
+def affine(x_BD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
+    """x weightᵀ + bias in the type that matrix products have here. In bfloat16 on a processor oneDNN adds the bias as
+    it writes; torch's `addmm` first fills [B, F] with it, a tenth of a step."""
+    x_BD, weight_FD, bias_F = map(working, (x_BD, weight_FD, bias_F))
+    if x_BD.dtype == torch.bfloat16 and x_BD.device.type == "cpu" and _one_dnn():
+        return torch.ops.mkldnn._linear_pointwise(x_BD, weight_FD, bias_F, "none", [], "")
+    return torch.addmm(bias_F, x_BD, weight_FD.T)
+
+
+@functools.cache
+def _one_dnn() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _Encode(torch.autograd.Function):

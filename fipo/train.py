@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fipo import lsh, objective
-from fipo.decoding import decode, decode_levels
 from fipo.importance import several_ranks
 from fipo.method import Penalty
 from fipo.objective import Terms
@@ -178,12 +177,11 @@ def loss_terms(
     """
     config, sae, workload = state.config, state.sae, state.config.workload
     nothing = torch.zeros((), device=x_BD.device)
-    if config.levels is None or plan.frozen:
-        parts_BMD, held, plain = decode(codes, sae.dec_FD)[:, None], nothing, 0.0
-    else:
-        parts_BMD = decode_levels(codes, sae.dec_FD, latent_levels(state), len(config.levels.shares))
-        held, plain = spare_share(config.levels, sae.activation.shortage()) * numbers.stop_gradient, config.levels.plain
-    reconstruction, x_hat_BD = objective.nested_error(parts_BMD, sae.dec_bias_D, x_BD, held, plain)
+    order = ()
+    if config.levels is not None and not plan.frozen:
+        held = spare_share(config.levels, sae.activation.shortage()) * numbers.stop_gradient
+        order = latent_levels(state), len(config.levels.shares), held, config.levels.plain
+    reconstruction, x_hat_BD = objective.reconstruction_error(codes, sae.dec_FD, sae.dec_bias_D, x_BD, *order)
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
     if not plan.frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):
         weight = workload.sparsity_penalty * numbers.penalty_share

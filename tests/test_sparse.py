@@ -6,11 +6,12 @@ import pytest
 import torch
 import toys
 
+from fipo import sparse
 from fipo.activations import BatchTopK, TopK, build_activation
 from fipo.decoding import decode_levels
 from fipo.importance import ImportanceEMA
 from fipo.search import _partitioned, largest_of_rows
-from fipo.sparse import Codes, attach, grouped, pairs_of, positive, row_products, sum_rows
+from fipo.sparse import Codes, affine, attach, grouped, pairs_of, positive, row_products, sum_rows
 from fipo.state import TrainState
 from fipo.train import latent_levels, train_step
 
@@ -280,3 +281,14 @@ def test_levels_are_sorted_within_a_token():
     _, codes = state.sae.training_codes(x_BD, 3)
     parts_BMD, dense_BMD = (decode_levels(c, state.sae.dec_FD, latent_levels(state), 3) for c in (codes, codes.dense()))
     assert torch.allclose(parts_BMD, dense_BMD, atol=1e-5)
+
+
+@pytest.mark.parametrize("one_dnn", [True, False])
+def test_affine_is_a_product_and_a_bias(monkeypatch, one_dnn):
+    x_BD, weight_FD, bias_F = (torch.randn(*shape, generator=toys.seeded(1)) for shape in ((9, 32), (17, 32), (17,)))
+    assert torch.allclose(affine(x_BD, weight_FD, bias_F), x_BD @ weight_FD.T + bias_F, atol=1e-5)
+    monkeypatch.setattr(sparse, "_one_dnn", lambda: one_dnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found_BF = affine(x_BD, weight_FD, bias_F)
+    exact_BF = x_BD.bfloat16().double() @ weight_FD.bfloat16().double().T + bias_F.bfloat16().double()
+    assert found_BF.dtype == torch.bfloat16 and (found_BF - exact_BF).abs().max() < 0.01 * exact_BF.abs().max()

@@ -1,0 +1,122 @@
+"""fipo.native against the torch code that it stands for."""
+
+import pytest
+import torch
+import toys
+
+pytest.importorskip("numba")
+
+from fipo import native, objective, sparse  # noqa: E402
+from fipo.objective import reconstruction_error  # noqa: E402
+from fipo.sparse import Codes, attach, pairs  # noqa: E402
+
+BATCH, WIDTH, LATENTS, LEVELS = 300, 45, 64, 3
+
+
+def drawn(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=toys.seeded(seed))
+
+
+def some_codes() -> Codes:
+    """Tokens of 0 to about 12 pairs; every seventh has none, and latent 0 as well."""
+    generator = toys.seeded(1)
+    keep_BF = torch.rand(BATCH, LATENTS, generator=generator) < 0.1
+    keep_BF[::7], keep_BF[:, 0] = False, False
+    token_N, latent_N = keep_BF.nonzero(as_tuple=True)
+    values_N = torch.rand(len(token_N), generator=generator)
+    values_N[::9] = 0
+    return pairs(values_N, token_N, latent_N, BATCH, LATENTS)
+
+
+def loss_and_gradients(codes: Codes, hold: float, plain: float, levels: int = LEVELS, factor: float = 1.0):
+    """L_rec, x̂ and the gradients of values, decoder and bias, under autocast."""
+    dec_FD = (drawn(LATENTS, WIDTH, seed=2) / WIDTH**0.5).requires_grad_()
+    bias_D, values_N = drawn(WIDTH, seed=3).requires_grad_(), codes.values_N.clone().requires_grad_()
+    level_F = torch.arange(LATENTS) % levels if levels > 1 else None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        given = codes._replace(values_N=values_N), dec_FD, bias_D, drawn(BATCH, WIDTH, seed=4)
+        loss, x_hat_BD = reconstruction_error(*given, level_F, levels, hold, plain)
+    return loss, x_hat_BD, *torch.autograd.grad(factor * loss, (values_N, dec_FD, bias_D))
+
+
+@pytest.mark.parametrize(("hold", "plain"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.3, 0.25), (0.0, 1.0)])
+@pytest.mark.parametrize("levels", [1, LEVELS])
+def test_error_of_pairs_is_that_of_their_parts(monkeypatch, hold, plain, levels):
+    codes = some_codes()
+    found = loss_and_gradients(codes, hold, plain, levels, factor=2.0)
+    monkeypatch.setattr(objective, "native_for", lambda _rows: None)
+    expected = loss_and_gradients(codes, hold, plain, levels, factor=2.0)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert (one - other).norm() < 0.01 * other.norm()
+
+
+def test_error_of_pairs_in_float64():
+    """Rows and gradients rounded to bfloat16, sums exact: closer to the truth than one bit of eight."""
+    codes = some_codes()
+    loss, x_hat_BD, *_ = loss_and_gradients(codes, 0.5, 0.0)
+    dec_FD = (drawn(LATENTS, WIDTH, seed=2) / WIDTH**0.5).bfloat16().double()
+    x_BD, total_BD, errors = drawn(BATCH, WIDTH, seed=4).double(), drawn(WIDTH, seed=3).double(), []
+    for level in range(LEVELS):
+        codes_BF = codes.dense().double() * (torch.arange(LATENTS) % LEVELS == level)
+        total_BD = total_BD + codes_BF @ dec_FD
+        errors.append((total_BD - x_BD).square().mean())
+    assert torch.allclose(x_hat_BD.double(), total_BD, atol=1e-6)
+    assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-6)
+
+
+def test_threads_do_not_change_a_bit():
+    codes, threads, found = some_codes(), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(loss_and_gradients(codes, 0.5, 0.25))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_no_pairs_at_all():
+    none = pairs(torch.zeros(0), *torch.zeros(2, 0, dtype=torch.int64), BATCH, LATENTS)
+    loss, x_hat_BD, values_N, dec_FD, _bias_D = loss_and_gradients(none, 0.5, 0.0)
+    bias_D, x_BD = drawn(WIDTH, seed=3), drawn(BATCH, WIDTH, seed=4)
+    assert torch.allclose(x_hat_BD, bias_D.expand(BATCH, -1), atol=1e-6) and values_N.shape == (0,)
+    assert not dec_FD.any() and loss.item() == pytest.approx((bias_D - x_BD).square().mean().item(), rel=1e-5)
+
+
+def test_what_is_not_finite_stays_so():
+    """Else a step would take it for a good one."""
+    for bad in (float("nan"), float("inf")):
+        codes = some_codes()
+        codes.values_N[3] = bad
+        assert not loss_and_gradients(codes, 0.5, 0.0)[0].isfinite()
+
+
+def test_only_bfloat16_on_a_processor_is_for_it():
+    assert sparse.native_for(torch.zeros(1, dtype=torch.bfloat16)) is native
+    assert sparse.native_for(torch.zeros(1)) is None
+    assert sparse.native_for(torch.zeros(1, dtype=torch.bfloat16, device="meta")) is None
+
+
+def test_bfloat16_rounds_as_torch_does():
+    """To the nearest, of two the even one: through a gradient that is the residual itself."""
+    x_BD = torch.cat([drawn(4000, seed=5), 1 + torch.arange(512) * 2.0**-9])[None]
+    starts_S, zeros_D = torch.tensor([0, 0]), torch.zeros(x_BD.shape[1])
+    empty_N, rows_FD = torch.zeros(0, dtype=torch.int64), torch.zeros(1, x_BD.shape[1], dtype=torch.bfloat16)
+    given = torch.zeros(0), empty_N, starts_S, empty_N, rows_FD, zeros_D, -x_BD
+    grad_BMD = native.nested_error(*given, levels=1, stop_gradient=0.0, plain=0.0)[0]
+    scale = torch.tensor(2 / x_BD.numel())
+    assert torch.equal(grad_BMD[:, 0], (x_BD * scale).bfloat16())
+
+
+def test_attached_codes_learn_through_it():
+    """The gradient of a value reaches the encoder."""
+    codes, x_BD = some_codes(), drawn(BATCH, WIDTH, seed=4)
+    enc_FD, bias_F = drawn(LATENTS, WIDTH, seed=6).requires_grad_(), torch.zeros(LATENTS, requires_grad=True)
+    dec_FD, bias_D = drawn(LATENTS, WIDTH, seed=2), torch.zeros(WIDTH)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attached = attach(codes, x_BD.bfloat16(), enc_FD, bias_F)
+        loss, _ = reconstruction_error(attached, dec_FD, bias_D, x_BD)
+    loss.backward()
+    assert enc_FD.grad.abs().sum() > 0 and not enc_FD.grad[0].any() and not bias_F.grad[0].any()
