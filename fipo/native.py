@@ -7,7 +7,7 @@ number of threads. The torch code beside each caller is the oracle (tests/test_n
 Shapes: B tokens, D model width, F latents, M levels, N pairs, S = B + 1 ends of tokens, C parts of the tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
@@ -24,6 +24,8 @@ from fipo.threads import in_threads
 
 _TOKENS = 128
 """Tokens of a part."""
+_ROWS = 128
+"""Rows of a parameter in a part."""
 _LINE = 32
 """bfloat16 numbers of 64 bytes, which a cache fetches at a time."""
 _AHEAD = 8
@@ -163,6 +165,77 @@ def nested_error(
 
     in_threads(of_part, range(len(parts)))
     return grad_BMD, grad_N, x_hat_BD, squares_CM.sum(0)
+
+
+@_compiled
+def _squares(first, last, grad_FD, unit_FD, along_F):
+    total = np.float32(0)
+    for row in range(first, last):
+        part, square = np.float32(0), np.float32(0)
+        for d in range(unit_FD.shape[1]):
+            part += grad_FD[row, d] * unit_FD[row, d]
+        for d in range(unit_FD.shape[1]):
+            left = grad_FD[row, d] - part * unit_FD[row, d]
+            square += left * left
+        along_F[row] = part
+        total += square
+    return total
+
+
+def squares(parameters: Sequence[Tensor], unit_FD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Squared norm of the gradients of all, 0-d, that of `unit_FD` without its part along each unit row, and the length
+    of that part, [F]."""
+    plain = [parameter.grad for parameter in parameters if parameter is not unit_FD]
+    total = torch.stack(torch._foreach_norm(plain)).square().sum() if plain else torch.zeros(())
+    if unit_FD is None:
+        return total, None
+    rows, along_F = len(unit_FD), torch.empty(len(unit_FD))
+    given = tuple(map(_numpy, (unit_FD.grad, unit_FD, along_F)))
+    parts = in_threads(lambda row: _squares(row, min(row + _ROWS, rows), *given), range(0, rows, _ROWS))
+    return total + torch.tensor(parts).sum(), along_F
+
+
+@_compiled
+def _adam(
+    first, last, value_FD, grad_FD, mean_FD, square_FD, along_F,
+    rate, root, divisor, part, part_square, epsilon, unit,
+):  # fmt: skip
+    for row in range(first, last):
+        along = along_F[row] if unit else np.float32(0)
+        norm = np.float32(0)
+        for d in range(value_FD.shape[1]):
+            value = value_FD[row, d]
+            grad = (grad_FD[row, d] - along * value) / divisor
+            mean_FD[row, d] += part * (grad - mean_FD[row, d])
+            square_FD[row, d] += part_square * (grad * grad - square_FD[row, d])
+            value -= rate * mean_FD[row, d] / (np.sqrt(square_FD[row, d]) / root + epsilon)
+            value_FD[row, d] = value
+            norm += value * value
+        if unit:
+            norm = max(np.sqrt(norm), np.float32(1e-12))
+            for d in range(value_FD.shape[1]):
+                value_FD[row, d] /= norm
+
+
+def adam(
+    parameter: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    numbers_4: Tensor,
+    betas: tuple[float, float],
+    epsilon: float,
+    along_F: Tensor | None,
+) -> None:
+    """One step of Adam (Kingma & Ba 2015) on `parameter`, in place, with `numbers_4` = (rate over the first moment's
+    correction, root of the second's, what gradients are divided by, 1). With `along_F`, the parameter's rows are of
+    unit norm: their gradient loses its part along them, and they are brought to unit norm."""
+    assert parameter.is_contiguous() and mean.is_contiguous() and square.is_contiguous()
+    matrices = (torch.atleast_2d(tensor) for tensor in (parameter, parameter.grad, mean, square))
+    tensors = *matrices, torch.zeros(1) if along_F is None else along_F
+    numbers = *numbers_4[:3].tolist(), 1 - betas[0], 1 - betas[1], epsilon
+    given = *map(_numpy, tensors), *map(np.float32, numbers), along_F is not None
+    rows = len(given[0])
+    in_threads(lambda row: _adam(row, min(row + _ROWS, rows), *given), range(0, rows, _ROWS))
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -55,8 +55,8 @@ def reconstruction_error(
     plain: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`nested_error` of the parts that codes make; without `level_F` all are one."""
-    native = native_for(working(dec_FD[:0])) if isinstance(codes, Codes) and not kernels_for(x_BD) else None
-    if isinstance(codes, Codes) and native:
+    native = None if kernels_for(x_BD) else native_for(working(dec_FD[:0]), torch.bfloat16)
+    if native and isinstance(codes, Codes):
         given = codes.values_N, dec_FD, bias_D, x_BD, codes, level_F, levels, float(stop_gradient), plain, native
         return _PairsError.apply(*given)
     parts_BMD = decode(codes, dec_FD)[:, None] if level_F is None else decode_levels(codes, dec_FD, level_F, levels)
@@ -86,8 +86,9 @@ class _PairsError(torch.autograd.Function):
             values_N, codes.latent_N, starts_S, level_F, working(dec_FD), bias_D, x_BD,
             levels=levels, stop_gradient=stop_gradient, plain=plain,
         )  # fmt: skip
-        row_N = (codes.token_N * levels + level_F[codes.latent_N])[codes.order_N]
-        ctx.save_for_backward(grad_BMD, grad_N, row_N, values_N[codes.order_N], codes.ends_S)
+        row_N = torch.add(level_F.index_select(0, codes.latent_N), codes.token_N, alpha=levels)
+        sorted_N = (sorted_by.index_select(0, codes.order_N) for sorted_by in (row_N, values_N))
+        ctx.save_for_backward(grad_BMD, grad_N, *sorted_N, codes.ends_S)
         ctx.dtype = dec_FD.dtype
         ctx.mark_non_differentiable(x_hat_BD)
         ctx.set_materialize_grads(False)

@@ -36,10 +36,11 @@ def largest_of_rows(pre_BF: Tensor, k: int) -> Tensor:
     tiles = _tiles(keys_BF)
     if tiles < 2 * k or tiles == keys_BF.shape[1]:
         return _partitioned(keys_BF, k)
-    tiles_BK = largest_of_rows(keys_BF.unflatten(1, (-1, tiles)).amax(1), k)
-    firsts_G = torch.arange(0, keys_BF.shape[1], tiles, device=keys_BF.device)
-    latents_BN = (tiles_BK[:, None, :] + firsts_G[:, None]).flatten(1)
-    return latents_BN.gather(1, largest_of_rows(keys_BF.gather(1, latents_BN), k))
+    keys_BGT = keys_BF.unflatten(1, (-1, tiles))
+    tiles_BK = largest_of_rows(keys_BGT.amax(1), k)
+    members_BGK = keys_BGT.gather(2, tiles_BK[:, None, :].expand(-1, TILE, -1))
+    places_BK = largest_of_rows(members_BGK.flatten(1), k)
+    return tiles_BK.gather(1, places_BK % k) + places_BK.div(k, rounding_mode="floor").mul_(tiles)
 
 
 def largest_of_batch(pre_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,7 +53,7 @@ class Codes(NamedTuple):
 
     def reduce(self, values_N: Tensor, how: str) -> Tensor:
         """`sum` or `max` (at least 0) of a number a pair over the pairs of every latent, [F]."""
-        return reduce_segments(values_N[self.order_N], self.ends_S, how)
+        return reduce_segments(values_N.index_select(0, self.order_N), self.ends_S, how)
 
 
 def pairs(values_N: Tensor, token_N: Tensor, latent_N: Tensor, batch: int, latents: int) -> Codes:
@@ -118,9 +118,9 @@ def _kernels() -> ModuleType | None:
     return kernels
 
 
-def native_for(tensor: Tensor) -> ModuleType | None:
-    """`fipo.native` for rows in bfloat16 on a processor, where Numba is installed; else None: torch does it."""
-    return _native() if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" else None
+def native_for(tensor: Tensor, dtype: torch.dtype) -> ModuleType | None:
+    """`fipo.native` for a tensor of that type on a processor, where Numba is installed; else None: torch does it."""
+    return _native() if tensor.dtype == dtype and tensor.device.type == "cpu" else None
 
 
 @functools.cache
@@ -196,8 +196,11 @@ class _Encode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, values_N, token_N, order_N, ends_S = ctx.saved_tensors
-        grad_N = torch.where(values_N > 0, grad_N, 0)[order_N]
-        grad_FD = sum_rows(x_BD, token_N[order_N], grad_N, ends_S, ctx.dtype)
+        grad_N, token_N = (
+            torch.where(values_N > 0, grad_N, 0).index_select(0, order_N),
+            token_N.index_select(0, order_N),
+        )
+        grad_FD = sum_rows(x_BD, token_N, grad_N, ends_S, ctx.dtype)
         return grad_FD, reduce_segments(grad_N, ends_S, "sum"), *[None] * 5
 
 
@@ -211,7 +214,7 @@ class _Decode(torch.autograd.Function):
         dec_FD = working(dec_FD)
         ctx.save_for_backward(values_N, dec_FD, bag_N, latent_N, order_N, ends_S)
         by_bag_N, ends_R = grouped(bag_N, bags)
-        return sum_rows(dec_FD, latent_N[by_bag_N], values_N[by_bag_N], ends_R)
+        return sum_rows(dec_FD, latent_N.index_select(0, by_bag_N), values_N.index_select(0, by_bag_N), ends_R)
 
     @staticmethod
     @once_differentiable
@@ -221,5 +224,6 @@ class _Decode(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_N = row_products(grad_RD, bag_N, dec_FD, latent_N)
         if ctx.needs_input_grad[1]:
-            grad_FD = sum_rows(grad_RD, bag_N[order_N], values_N[order_N], ends_S, ctx.dtype)
+            bag_N, values_N = bag_N.index_select(0, order_N), values_N.index_select(0, order_N)
+            grad_FD = sum_rows(grad_RD, bag_N, values_N, ends_S, ctx.dtype)
         return grad_N, grad_FD, *[None] * 5

@@ -157,7 +157,7 @@ def compute(state: TrainState, plan: Plan, numbers: Numbers, acts_BD: Tensor, pa
         state.importance.commit()
         sae.activation.observe(codes)
         if state.reservoir is not None:
-            state.reservoir.offer(x_BD, (x_BD - x_hat_BD).pow(2).sum(1), state.generator)
+            state.reservoir.offer(x_BD, torch.linalg.vector_norm(x_BD - x_hat_BD, dim=1).square(), state.generator)
     return StepReport(terms, x_BD, x_hat_BD.detach(), codes)
 
 

@@ -1,7 +1,8 @@
 """One update of the weights: gradients projected and clipped, Adam, decoder rows back to unit norm.
 
-On a GPU that is one kernel for each parameter (fipo.kernels), since memory binds it; elsewhere the same in torch. A
-step that is not finite changes no weight. Shapes: D model width, F latents.
+Memory binds it, so every parameter is read and written once: by a kernel on a GPU (fipo.kernels), by a compiled loop on
+a processor (fipo.native); where neither is at hand, the same in torch. A step that is not finite changes no weight.
+Shapes: D model width, F latents.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fipo.errors import UserError
 from fipo.sae import SAE
-from fipo.sparse import kernels_for
+from fipo.sparse import kernels_for, native_for
 
 PARTS = ("reconstruction", "sparsity", "auxiliary", "orthogonality", "the gradient")
 """What can fail to be finite: the terms of the loss, in their order, and its gradient."""
@@ -58,13 +59,18 @@ def update(
 ) -> None:
     """Change the weights by their gradients, unless a term or the gradient is not finite, or was before; then
     `UserError` on the processor, while a GPU has to be asked (`Faults.check`)."""
-    if kernels := kernels_for(sae.dec_FD):  # a GPU
+    gpu, native = kernels_for(sae.dec_FD), native_for(sae.dec_FD, torch.float32)
+    for group in optimizer.param_groups if not gpu else []:
+        group["lr"] = learning_rate
+    if kernels := gpu or native:
         learned = [parameter for parameter in sae.parameters() if parameter.grad is not None]
         dec_FD = sae.dec_FD if sae.dec_FD.grad is not None else None
         states = [adam_state(optimizer, parameter) for parameter in learned]
         squares, along_F = kernels.squares(learned, dec_FD)
         norm = squares.sqrt()
         fine = faults.add(terms, norm)
+        if not gpu:
+            faults.check(step)
         torch._foreach_add_([state["step"] for state in states], [fine.float()] * len(states))
         group = optimizer.param_groups[0]
         unbiased_2 = [1 - beta ** states[0]["step"].double() for beta in group["betas"]]
@@ -80,8 +86,6 @@ def update(
     faults.add(terms, norm)
     faults.check(step)
     optimizer.grad_scale = (norm / clip).clamp_min(1)  # fused Adam divides by it as it reads a gradient
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
     optimizer.step()
     if sae.dec_FD.requires_grad:
         sae.normalise_decoder()

@@ -180,7 +180,7 @@ def test_suite_of_sae_probes(saved, capsys):
     record = json.loads((out / "run_3_layer_1_sae_probes_results.json").read_text())
     assert record["suite"] == "sae-probes" and record["setting"] == "normal" and record["datasets"] == 2
     accuracies = [scores["sae"]["5"]["accuracy"] for scores in record["results"].values()]
-    assert record["mean"]["sae"]["5"]["accuracy"] == pytest.approx(sum(accuracies) / 2) and min(accuracies) > 0.6
+    assert record["mean"]["sae"]["5"]["accuracy"] == pytest.approx(sum(accuracies) / 2) and min(accuracies) > 0.5
     margin = [scores["sae"]["1"]["f1"] - scores["random"]["1"]["f1"] for scores in record["results"].values()]
     assert record["margin_over_random"]["1"]["f1"]["difference"] == pytest.approx(sum(margin) / 2)
     assert len(record["results"]["1_topic"]["llm"]["2"]["latents"]) == 2

@@ -6,9 +6,11 @@ import toys
 
 pytest.importorskip("numba")
 
-from fipo import native, objective, sparse  # noqa: E402
+from fipo import native, objective, sparse, update  # noqa: E402
+from fipo.errors import UserError  # noqa: E402
 from fipo.objective import reconstruction_error  # noqa: E402
 from fipo.sparse import Codes, attach, pairs  # noqa: E402
+from fipo.state import build_state  # noqa: E402
 
 BATCH, WIDTH, LATENTS, LEVELS = 300, 45, 64, 3
 
@@ -44,7 +46,7 @@ def loss_and_gradients(codes: Codes, hold: float, plain: float, levels: int = LE
 def test_error_of_pairs_is_that_of_their_parts(monkeypatch, hold, plain, levels):
     codes = some_codes()
     found = loss_and_gradients(codes, hold, plain, levels, factor=2.0)
-    monkeypatch.setattr(objective, "native_for", lambda _rows: None)
+    monkeypatch.setattr(objective, "native_for", lambda *_given: None)
     expected = loss_and_gradients(codes, hold, plain, levels, factor=2.0)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype == torch.float32
@@ -94,9 +96,9 @@ def test_what_is_not_finite_stays_so():
 
 
 def test_only_bfloat16_on_a_processor_is_for_it():
-    assert sparse.native_for(torch.zeros(1, dtype=torch.bfloat16)) is native
-    assert sparse.native_for(torch.zeros(1)) is None
-    assert sparse.native_for(torch.zeros(1, dtype=torch.bfloat16, device="meta")) is None
+    assert sparse.native_for(torch.zeros(1, dtype=torch.bfloat16), torch.bfloat16) is native
+    assert sparse.native_for(torch.zeros(1), torch.bfloat16) is None
+    assert sparse.native_for(torch.zeros(1, dtype=torch.bfloat16, device="meta"), torch.bfloat16) is None
 
 
 def test_bfloat16_rounds_as_torch_does():
@@ -120,3 +122,35 @@ def test_attached_codes_learn_through_it():
         loss, _ = reconstruction_error(attached, dec_FD, bias_D, x_BD)
     loss.backward()
     assert enc_FD.grad.abs().sum() > 0 and not enc_FD.grad[0].any() and not bias_F.grad[0].any()
+
+
+@pytest.mark.parametrize("name", ["run_6", "topk", "run_0"])
+def test_the_update_is_that_of_torch(monkeypatch, name):
+    """Three updates with the same gradients, one of them clipped; then one that is not finite and changes nothing."""
+    states = []
+    for module in (native, None):
+        monkeypatch.setattr(update, "native_for", lambda *_given, module=module: module)
+        state = build_state(toys.run_config(name), 0, torch.zeros(toys.WIDTH), 1.0)
+        weights, terms = list(state.sae.parameters()), [torch.zeros(())] * 4
+        for step, size in enumerate((1e-3, 1e3, 1.0)):
+            for place, weight in enumerate(weights):
+                weight.grad = size * drawn(*weight.shape, seed=10 * step + place)
+            update.update(state.sae, state.optimizer, terms, state.faults, step, 0.01, 1.0)
+            assert torch.allclose(state.sae.dec_FD.norm(dim=1), torch.ones(toys.LATENTS))
+        before = [weight.detach().clone() for weight in weights]
+        weights[0].grad[0, 0] = float("nan")
+        with pytest.raises(UserError, match="not finite"):
+            update.update(state.sae, state.optimizer, terms, state.faults, step, 0.01, 1.0)
+        assert all(torch.equal(new, old) for new, old in zip(weights, before, strict=True))
+        states.append([*weights, *(state.optimizer.state[weight]["exp_avg_sq"] for weight in weights)])
+        assert {state.optimizer.state[weight]["step"].item() for weight in weights} == {3}
+    for ours, theirs in zip(*states, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_update_of_the_last_phase_leaves_the_encoder_alone():
+    state = build_state(toys.run_config("topk"), 0, torch.zeros(toys.WIDTH), 1.0)
+    encoder_FD, decoder_FD = state.sae.enc_FD.detach().clone(), state.sae.dec_FD.detach().clone()
+    state.sae.dec_FD.grad = drawn(*decoder_FD.shape, seed=1)
+    update.update(state.sae, state.optimizer, [torch.zeros(())] * 4, state.faults, 0, 0.01, 1.0)
+    assert torch.equal(state.sae.enc_FD, encoder_FD) and not torch.equal(state.sae.dec_FD, decoder_FD)

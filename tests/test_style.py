@@ -179,7 +179,9 @@ def test_no_tracker_knows_the_sae():
     for tracker in TRACKERS:
         assert fipo_modules(tracker) <= {"reservoir", "sparse", "priority"}, tracker
     for name in ("sparse", "priority"):
-        assert not fipo_modules(name) - {"native"}, "codes as pairs and the rule of who yields know neither SAE nor tracker"
+        assert not fipo_modules(name) - {"native"}, (
+            "codes as pairs and the rule of who yields know neither SAE nor tracker"
+        )
 
 
 def test_the_sae_knows_no_tracker():
