@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fipo.priority import by_priority, precedence
 from fipo.reservoir import BucketQueues
+from fipo.search import true_places
 from fipo.sparse import row_products
 
 
@@ -99,10 +100,11 @@ def candidate_pairs(
             *(of_FN.expand_as(queue_FN).flatten() for of_FN in (queue_FN, priority_F[:, None], numbers_F[:, None]))
         )
         held_QC = queues.items_QC
-        rows_QCD = rows_RD[held_QC]  # an empty place is -1: the last row, all zeros
-        close_QCC = torch.bmm(rows_QCD, rows_QCD.mT) >= least
-        queue_N, left_N, right_N = close_QCC.triu_(1).nonzero(as_tuple=True)
-        first_N, second_N = held_QC[queue_N, left_N], held_QC[queue_N, right_N]
+        row_N = held_QC.flatten() % (latents + 1)  # an empty place is -1: the last row, all zeros
+        rows_QCD = rows_RD.index_select(0, row_N).unflatten(0, held_QC.shape)
+        place_N = true_places((torch.bmm(rows_QCD, rows_QCD.mT) >= least).triu_(1))
+        first_N = held_QC.flatten()[place_N // capacity]
+        second_N = held_QC.flatten()[place_N // capacity**2 * capacity + place_N % capacity]
         smaller_N = torch.minimum(first_N, second_N)
         found.append((smaller_N * latents + torch.maximum(first_N, second_N))[smaller_N >= 0])
     codes_P = torch.cat(found).unique()

@@ -84,7 +84,9 @@ def _partitioned(keys_BF: Tensor, k: int) -> Tensor:
         return keys_BF.topk(k, dim=-1, sorted=False).indices
     places_F = torch.arange(65_535, 65_535 - columns, -1, dtype=torch.int32)
     packed_BF = keys_BF.int().mul_(65_536).add_(places_F)
-    in_threads(lambda part_NF: part_NF.numpy().partition(columns - k, axis=1), packed_BF.chunk(torch.get_num_threads()))
+    in_threads(
+        lambda part_NF: part_NF.numpy().partition(columns - k, axis=1), packed_BF.chunk(torch.get_num_threads())
+    )
     return 65_535 - (packed_BF[:, columns - k :] & 65_535).long()
 
 
@@ -97,6 +99,12 @@ def _at_least(keys: Tensor, least: float) -> Tensor:
     numbers = flat.numpy()
     found = in_threads(lambda start: start + np.flatnonzero(numbers[start : start + _CHUNK] >= least), starts)
     return torch.from_numpy(np.concatenate(found)) if found else torch.zeros(0, dtype=torch.int64)
+
+
+def true_places(truths: Tensor) -> Tensor:
+    """Places, rising, in all the truth values one after another, of those that are true."""
+    flat = truths.flatten()
+    return torch.from_numpy(np.flatnonzero(flat.numpy())) if flat.device.type == "cpu" else flat.nonzero().squeeze(1)
 
 
 def _kth_largest(keys_N: Tensor, k: int) -> float:

@@ -177,7 +177,7 @@ def test_core_runs_without_the_optional_packages():
 
 def test_no_tracker_knows_the_sae():
     for tracker in TRACKERS:
-        assert fipo_modules(tracker) <= {"reservoir", "sparse", "priority"}, tracker
+        assert fipo_modules(tracker) <= {"reservoir", "sparse", "priority", "search"}, tracker
     for name in ("sparse", "priority"):
         assert not fipo_modules(name) - {"native"}, (
             "codes as pairs and the rule of who yields know neither SAE nor tracker"
