@@ -23,8 +23,10 @@ BACKWARD = "~:<method 'run_backward' of 'torch._C._EngineBase' objects>"
 """The backward pass but for our own functions in it: of dense codes its products, of sparse ones what is left."""
 WANTED = {
     "LM forward": ["lm.py:activations"],
-    "SAE: encoder product": ["sae.py:pre_codes"],
-    "SAE: sparse products (decode, gradients, Ω)": ["sparse.py:sum_rows", "sparse.py:row_products"],
+    "SAE: encoder product": ["sae.py:pre_codes", "sparse.py:affine"],
+    "SAE: sparse products (decode, levels, gradients, Ω)": [
+        *("sparse.py:sum_rows", "sparse.py:row_products", "native.py:nested_error"),
+    ],
     "probing: product of the screen": ["screen.py:_left"],
     "probing: selection and fits": ["probing.py:sparse_answers", "probing.py:full_accuracies"],
 }
@@ -33,12 +35,11 @@ SPARSE = {"step: rest of the backward pass": [BACKWARD]}
 OTHER = {
     "step: search of the largest": ["search.py:largest_of_batch", "search.py:largest_of_rows"],
     "step: pairs sorted by latent and by level": ["sparse.py:grouped"],
-    "step: levels": ["objective.py:forward"],
+    "step: levels, without Numba": ["objective.py:passes"],
     "step: candidate pairs": ["train.py:refresh_pairs"],
     "step: reservoir and revival": ["reservoir.py:offer", "train.py:revive_dead"],
-    "step: optimiser": ["adam.py:step", "sae.py:normalise_decoder", "sae.py:project_decoder_gradient"],
+    "step: gradient norm and optimiser": ["update.py:update"],
     "step: importance": ["importance.py:collect", "importance.py:commit", "importance.py:values"],
-    "step: gradient norm": ["clip_grad.py:_get_total_norm", "update.py:add", "update.py:check"],
     "log and measures: mean max cosine": ["metrics.py:max_cosines"],
     "shuffle buffer": ["buffer.py:next_batch"],
     "checkpoints": ["loop.py:save"],

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fipo.priority import by_priority, precedence
 from fipo.reservoir import BucketQueues
-from fipo.search import true_places
+from fipo.search import ordered, true_places
 from fipo.sparse import row_products
 
 
@@ -38,7 +38,7 @@ def project(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
     if not autocast:
         return (rows_FD @ planes_DK).unflatten(1, planes_DTS.shape[1:])
     projected_FK = torch.empty(rows_FD.shape[0], planes_DK.shape[1], dtype=torch.bfloat16, device=rows_FD.device)
-    parts = 512 if rows_FD.device.type == "cpu" else 16  # a GPU is given few kernels
+    parts = 64 if rows_FD.device.type == "cpu" else 16  # a GPU is given few kernels
     planes_DK, size = planes_DK.bfloat16(), max(32, rows_FD.shape[0] // parts)
     with torch.autocast(rows_FD.device.type, dtype=torch.bfloat16):
         for part_ND, result_NK in zip(rows_FD.split(size), projected_FK.split(size), strict=True):
@@ -85,10 +85,12 @@ def candidate_pairs(
     latents, width = unit_FD.shape
     planes_DTS = torch.randn(width, tables, bits, generator=generator, device=generator.device).to(unit_FD.device)
     buckets_FT = bucket_numbers(unit_FD, planes_DTS, autocast)
-    numbers_F = torch.arange(latents, device=unit_FD.device)
+    numbers_F = priority_F.argsort(descending=True, stable=True)  # so that no table has to sort them
+    buckets_FT, sorted_F = buckets_FT[numbers_F], priority_F[numbers_F]
     compared_FD = unit_FD.bfloat16() if autocast else unit_FD
     rows_RD = torch.cat([compared_FD, compared_FD.new_zeros(1, width)])
     least = min_cosine - 2**-7 if autocast else min_cosine
+    least_key = ordered(torch.tensor(least, dtype=rows_RD.dtype, device=unit_FD.device))
     found = []
     if held_P2 is not None:
         found.append(held_P2[:, 0] * latents + held_P2[:, 1])
@@ -97,12 +99,14 @@ def candidate_pairs(
         queues = BucketQueues(len(tables_N) * 2**bits, capacity, device=unit_FD.device)
         queue_FN = buckets_FN + tables_N * 2**bits
         queues.offer(
-            *(of_FN.expand_as(queue_FN).flatten() for of_FN in (queue_FN, priority_F[:, None], numbers_F[:, None]))
+            *(of_FN.expand_as(queue_FN).flatten() for of_FN in (queue_FN, sorted_F[:, None], numbers_F[:, None]))
         )
         held_QC = queues.items_QC
         row_N = held_QC.flatten() % (latents + 1)  # an empty place is -1: the last row, all zeros
         rows_QCD = rows_RD.index_select(0, row_N).unflatten(0, held_QC.shape)
-        place_N = true_places((torch.bmm(rows_QCD, rows_QCD.mT) >= least).triu_(1))
+        cos_QCC = torch.bmm(rows_QCD, rows_QCD.mT)
+        close_QCC = ordered(cos_QCC) >= least_key if least > 0 else cos_QCC >= least
+        place_N = true_places(close_QCC.triu_(1))
         first_N = held_QC.flatten()[place_N // capacity]
         second_N = held_QC.flatten()[place_N // capacity**2 * capacity + place_N % capacity]
         smaller_N = torch.minimum(first_N, second_N)

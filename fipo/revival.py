@@ -9,13 +9,12 @@ resampling"), with the reservoir in place of one batch. Shapes: B tokens, D mode
 import torch
 from torch import Tensor
 
+from fipo.adam import Adam
 from fipo.sae import SAE
 
 
 @torch.no_grad()
-def revive(
-    sae: SAE, optimizer: torch.optim.Optimizer, dead_F: Tensor, candidates_RD: Tensor, encoder_scale: float
-) -> Tensor:
+def revive(sae: SAE, optimizer: Adam, dead_F: Tensor, candidates_RD: Tensor, encoder_scale: float) -> Tensor:
     """Point dead latents at the first of `candidates_RD` (standardised inputs), one each; returns those latents."""
     latents = dead_F.nonzero().squeeze(1)[: candidates_RD.shape[0]]
     if latents.numel() == 0:

@@ -84,9 +84,7 @@ def _partitioned(keys_BF: Tensor, k: int) -> Tensor:
         return keys_BF.topk(k, dim=-1, sorted=False).indices
     places_F = torch.arange(65_535, 65_535 - columns, -1, dtype=torch.int32)
     packed_BF = keys_BF.int().mul_(65_536).add_(places_F)
-    in_threads(
-        lambda part_NF: part_NF.numpy().partition(columns - k, axis=1), packed_BF.chunk(torch.get_num_threads())
-    )
+    in_threads(lambda part_NF: part_NF.numpy().partition(columns - k, axis=1), packed_BF.chunk(torch.get_num_threads()))
     return 65_535 - (packed_BF[:, columns - k :] & 65_535).long()
 
 

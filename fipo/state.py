@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fipo.activations import build_activation
+from fipo.adam import Adam
 from fipo.checkpoint import check_tensors
 from fipo.config import RunConfig
 from fipo.graphs import StepGraphs
@@ -26,7 +27,7 @@ class TrainState:
 
     config: RunConfig
     sae: SAE
-    optimizer: torch.optim.Optimizer
+    optimizer: Adam
     importance: ImportanceEMA
     reservoir: PriorityReservoir | None
     pairs_P2: Tensor
@@ -99,7 +100,6 @@ def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, dev
     sae.scale.fill_(scale)
     sae.to(device)
     sae.dec_FD.requires_grad_(not config.frozen_decoder)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, betas=config.optimiser.betas, fused=True)
     settings = config.importance
     importance = ImportanceEMA(
         workload.latents,
@@ -115,7 +115,7 @@ def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, dev
     return TrainState(
         config=config,
         sae=sae,
-        optimizer=optimizer,
+        optimizer=Adam(sae.parameters(), config.optimiser.betas),
         importance=importance,
         reservoir=reservoir,
         pairs_P2=torch.zeros(0, 2, dtype=torch.int64, device=device),

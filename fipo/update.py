@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fipo.adam import Adam
 from fipo.errors import UserError
 from fipo.sae import SAE
 from fipo.sparse import kernels_for, native_for
@@ -50,7 +51,7 @@ class Faults:
 
 def update(
     sae: SAE,
-    optimizer: torch.optim.Optimizer,
+    adam: Adam,
     terms: Sequence[Tensor],
     faults: Faults,
     step: int,
@@ -60,41 +61,28 @@ def update(
     """Change the weights by their gradients, unless a term or the gradient is not finite, or was before; then
     `UserError` on the processor, while a GPU has to be asked (`Faults.check`)."""
     gpu, native = kernels_for(sae.dec_FD), native_for(sae.dec_FD, torch.float32)
-    for group in optimizer.param_groups if not gpu else []:
-        group["lr"] = learning_rate
+    learned = [parameter for parameter in sae.parameters() if parameter.grad is not None]
+    dec_FD = sae.dec_FD if sae.dec_FD.grad is not None else None
     if kernels := gpu or native:
-        learned = [parameter for parameter in sae.parameters() if parameter.grad is not None]
-        dec_FD = sae.dec_FD if sae.dec_FD.grad is not None else None
-        states = [adam_state(optimizer, parameter) for parameter in learned]
+        states = [adam.moments(parameter) for parameter in learned]
         squares, along_F = kernels.squares(learned, dec_FD)
         norm = squares.sqrt()
         fine = faults.add(terms, norm)
         if not gpu:
             faults.check(step)
         torch._foreach_add_([state["step"] for state in states], [fine.float()] * len(states))
-        group = optimizer.param_groups[0]
-        unbiased_2 = [1 - beta ** states[0]["step"].double() for beta in group["betas"]]
+        unbiased_2 = [1 - beta ** states[0]["step"].double() for beta in adam.betas]
         numbers = learning_rate / unbiased_2[0], unbiased_2[1].sqrt(), (norm / clip).clamp_min(1), fine
         numbers_4 = torch.stack([number.float() for number in numbers])
         for parameter, state in zip(learned, states, strict=True):
             moments = state["exp_avg"], state["exp_avg_sq"]
             own_F = along_F if parameter is dec_FD else None
-            kernels.adam(parameter, *moments, numbers_4, group["betas"], group["eps"], own_F)
+            kernels.adam(parameter, *moments, numbers_4, adam.betas, adam.epsilon, own_F)
         return
     sae.project_decoder_gradient()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in learned])
     faults.add(terms, norm)
     faults.check(step)
-    optimizer.grad_scale = (norm / clip).clamp_min(1)  # fused Adam divides by it as it reads a gradient
-    optimizer.step()
-    if sae.dec_FD.requires_grad:
+    adam.step(learned, learning_rate, (norm / clip).clamp_min(1))
+    if dec_FD is not None:
         sae.normalise_decoder()
-
-
-def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """A parameter's moments and count of steps, as torch's Adam begins them."""
-    state = optimizer.state[parameter]
-    if not state:
-        state["step"] = torch.zeros((), device=parameter.device)
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    return state

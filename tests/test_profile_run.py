@@ -10,9 +10,15 @@ import tiny
 
 from benchmarks import profile_run
 
-UNUSED = {"search.py:largest_of_rows", "loop.py:save", "screen.py:_left", "sae_probes.py:_training_texts"}
-"""Functions of other architectures and workloads, of longer runs and of other processors."""
-SPARSE_ONLY = {"sparse.py:sum_rows", "sparse.py:row_products", "search.py:largest_of_batch", "sparse.py:grouped"}
+UNUSED = {
+    *("search.py:largest_of_rows", "loop.py:save", "screen.py:_left", "sae_probes.py:_training_texts"),
+    "objective.py:passes",
+}
+"""Functions of other architectures and workloads, of longer runs, of other processors and without Numba."""
+SPARSE_ONLY = {
+    *("sparse.py:sum_rows", "sparse.py:row_products", "search.py:largest_of_batch", "sparse.py:grouped"),
+    "native.py:nested_error",
+}
 
 
 @pytest.fixture(params=["run_6", "run_1"])

@@ -26,6 +26,7 @@ CORE = [
         "sparse",
         "search",
         "threads",
+        "adam",
         "objective",
         "importance",
         "priority",

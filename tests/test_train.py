@@ -382,10 +382,14 @@ def test_learning_rate_rises_stays_and_falls():
     assert rates[80:] == pytest.approx([(100 - step) / 20 for step in range(80, 100)])
 
 
-def test_learning_rate_of_the_schedule_is_the_optimiser_s():
-    state = toys.fresh(toys.run_config("run_0", steps=100, optimiser=Optimiser(warmup=0.1)))
-    run(state, toys.activations(3))
-    assert state.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 0.3)
+def test_learning_rate_of_the_schedule_is_adam_s():
+    """A first step of Adam moves each weight by the rate, whatever its gradient."""
+    for warmup, rate in ((0.0, 0.01), (0.1, 0.001)):
+        state = toys.fresh(toys.run_config("run_0", steps=100, optimiser=Optimiser(warmup=warmup)))
+        before_FD = state.sae.enc_FD.detach().clone()
+        run(state, toys.activations(1))
+        moved_FD = (state.sae.enc_FD - before_FD).abs()
+        assert moved_FD.max().item() == pytest.approx(rate, rel=1e-3) == moved_FD.median().item()
 
 
 @pytest.mark.parametrize(("warmup", "expected"), [(0.0, [1.0] * 4), (0.2, [0.5, 1, 1, 1]), (1.0, [0.1, 0.2, 0.3, 0.4])])
