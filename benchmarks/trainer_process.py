@@ -162,7 +162,8 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # rivals print
     torch.manual_seed(0)
     TRAINERS[trainer](architecture, setting, (16, 64, 8, 4))(torch.randn(8, 16).to(DEVICE))  # imports what is left
-    torch.compiler.reset()
+    if "compiled" in setting:
+        torch.compiler.reset()
     before = memory("VmRSS")
     batches = [torch.randn(batch, width).to(DEVICE) for _ in range(4)]
     step = TRAINERS[trainer](architecture, setting, (width, latents, batch, k))
