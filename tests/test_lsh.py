@@ -76,6 +76,13 @@ def test_comparing_in_bfloat16_loses_no_pair(latents):
     assert len(exact) > 100 and torch.equal(exact, rounded)
 
 
+@pytest.mark.parametrize("least", [-1.0, -0.2, 0.0, 0.2])
+def test_autocast_finds_the_same_pairs_of_any_sign(least):
+    unit_FD = rows(60)
+    exact, rounded = (found(unit_FD, bits=0, tables=1, min_cosine=least, autocast=how) for how in (False, True))
+    assert len(exact) > 100 and torch.equal(exact, rounded)
+
+
 def test_bucket_numbers_are_the_signs_as_binary_digits():
     planes_DTS = torch.randn(16, 3, 4, generator=toys.seeded())
     buckets_FT = bucket_numbers(rows(10), planes_DTS, autocast=False)

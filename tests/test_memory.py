@@ -1,5 +1,6 @@
 """Out of memory is told with what to lower, every other error passes as it is; large tensors lie in large pages."""
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,25 @@ def test_large_tensors_lie_in_large_pages():
         for choice in ([], ["0"])
     )
     assert ours < 5000 < 20_000 < refused
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_freed_memory_is_kept_for_the_next_tensors():
+    """100 MB given back and asked for again: no page is met anew."""
+    program = (
+        "import os, resource, sys\n"
+        "os.environ['THP_MEM_ALLOC_ENABLE'] = '0'\n"
+        "import torch\n"
+        "from fipo.memory import keep_freed\n"
+        "if sys.argv[1:]: keep_freed()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "torch.zeros(25_000_000).fill_(1)\n"
+        "before = faults()\n"
+        "torch.zeros(25_000_000).fill_(1)\n"
+        "print(faults() - before)\n"
+    )
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", program, *choice], capture_output=True, check=True).stdout)
+        for choice in (["kept"], [])
+    )
+    assert kept < 100 and given_back > 20_000
