@@ -78,7 +78,7 @@ def test_of_a_turn_the_second_step_counts():
 
 
 def test_growth_is_measured_against_the_encoders_product():
-    rows, ratios = bench.growth_rows((64, 128), 1, width=16, batch=32, k=4)
+    rows, ratios = bench.growth_rows((64, 128), 5, width=16, batch=32, k=4)
     assert [row["F"] for row in rows] == [64, 128] and all(row["step / gemm"] > 1 for row in rows)
     assert ratios["growth_vs_gemm"] == pytest.approx(ratios["growth_of_step"] / ratios["growth_of_gemm"])
     assert ratios["growth_of_step"] == rows[1]["step ms"] / rows[0]["step ms"]
