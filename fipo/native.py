@@ -7,7 +7,7 @@ number of threads. The torch code beside each caller is the oracle (tests/test_n
 Shapes: B tokens, D model width, F latents, M levels, N pairs, S = B + 1 ends of tokens, C parts of the tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -182,17 +182,12 @@ def _squares(first, last, grad_FD, unit_FD, along_F):
     return total
 
 
-def squares(parameters: Sequence[Tensor], unit_FD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Squared norm of the gradients of all, 0-d, that of `unit_FD` without its part along each unit row, and the length
-    of that part, [F]."""
-    plain = [parameter.grad for parameter in parameters if parameter is not unit_FD]
-    total = torch.stack(torch._foreach_norm(plain)).square().sum() if plain else torch.zeros(())
-    if unit_FD is None:
-        return total, None
+def squares(unit_FD: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norm, 0-d, of the gradient of unit rows without its part along each, and the length of that part, [F]."""
     rows, along_F = len(unit_FD), torch.empty(len(unit_FD))
     given = tuple(map(_numpy, (unit_FD.grad, unit_FD, along_F)))
     parts = in_threads(lambda row: _squares(row, min(row + _ROWS, rows), *given), range(0, rows, _ROWS))
-    return total + torch.tensor(parts).sum(), along_F
+    return torch.tensor(parts).sum(), along_F
 
 
 @_compiled

@@ -92,7 +92,7 @@ def _at_least(keys: Tensor, least: float) -> Tensor:
     """Places, rising, in all the numbers one after another, of those that are not less."""
     flat = keys.flatten()
     if flat.device.type != "cpu":
-        return (flat >= least).nonzero().squeeze(1)
+        return true_places(flat >= least)
     starts = range(0, len(flat), _CHUNK)
     numbers = flat.numpy()
     found = in_threads(lambda start: start + np.flatnonzero(numbers[start : start + _CHUNK] >= least), starts)

@@ -196,10 +196,8 @@ class _Encode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, values_N, token_N, order_N, ends_S = ctx.saved_tensors
-        grad_N, token_N = (
-            torch.where(values_N > 0, grad_N, 0).index_select(0, order_N),
-            token_N.index_select(0, order_N),
-        )
+        grad_N = torch.where(values_N > 0, grad_N, 0).index_select(0, order_N)
+        token_N = token_N.index_select(0, order_N)
         grad_FD = sum_rows(x_BD, token_N, grad_N, ends_S, ctx.dtype)
         return grad_FD, reduce_segments(grad_N, ends_S, "sum"), *[None] * 5
 

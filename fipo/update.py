@@ -65,7 +65,9 @@ def update(
     dec_FD = sae.dec_FD if sae.dec_FD.grad is not None else None
     if kernels := gpu or native:
         states = [adam.moments(parameter) for parameter in learned]
-        squares, along_F = kernels.squares(learned, dec_FD)
+        squares, along_F = (0.0, None) if dec_FD is None else kernels.squares(dec_FD)
+        if rest := [parameter.grad for parameter in learned if parameter is not dec_FD]:
+            squares += torch.stack(torch._foreach_norm(rest)).square().sum()
         norm = squares.sqrt()
         fine = faults.add(terms, norm)
         if not gpu:

@@ -41,6 +41,11 @@ def test_other_errors_are_left_alone(error):
     assert caught.value is error
 
 
+def told(program: str, arguments: list[str]) -> int:
+    """The number that a program of its own prints."""
+    return int(subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, check=True).stdout)
+
+
 def test_large_tensors_lie_in_large_pages():
     """Of 100 MB, met once: not one fault for every 4 kB. The user's choice stands."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -55,10 +60,7 @@ def test_large_tensors_lie_in_large_pages():
         "torch.zeros(25_000_000).fill_(1)\n"
         "print(faults() - before)\n"
     )
-    ours, refused = (
-        int(subprocess.run([sys.executable, "-c", program, *choice], capture_output=True, check=True).stdout)
-        for choice in ([], ["0"])
-    )
+    ours, refused = (told(program, choice) for choice in ([], ["0"]))
     assert ours < 5000 < 20_000 < refused
 
 
@@ -77,8 +79,5 @@ def test_freed_memory_is_kept_for_the_next_tensors():
         "    torch.empty(25_000_000).fill_(1)\n"
         "print(faults() - before)\n"
     )
-    kept, given_back = (
-        int(subprocess.run([sys.executable, "-c", program, *choice], capture_output=True, check=True).stdout)
-        for choice in (["kept"], [])
-    )
+    kept, given_back = (told(program, choice) for choice in (["kept"], []))
     assert kept < 100 and given_back > 20_000

@@ -3,25 +3,18 @@
 Shapes: D model width, F latents.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 
-def squares(parameters: Sequence[Tensor], unit_FD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Squared norm of the gradients of all, 0-d, that of `unit_FD` without its part along each unit row, and the length
-    of that part, [F]."""
-    plain = [parameter.grad for parameter in parameters if parameter is not unit_FD]
-    total = torch.stack(torch._foreach_norm(plain)).square().sum() if plain else torch.zeros((), device=unit_FD.device)
-    if unit_FD is None:
-        return total, None
+def squares(unit_FD: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norm, 0-d, of the gradient of unit rows without its part along each, and the length of that part, [F]."""
     count, width = unit_FD.shape
     squares_F, along_F = torch.empty(2, count, device=unit_FD.device)
     _squares[(count,)](unit_FD.grad.contiguous(), unit_FD, squares_F, along_F, width, **_whole_rows(width))
-    return total + squares_F.sum(), along_F
+    return squares_F.sum(), along_F
 
 
 @triton.jit
