@@ -25,7 +25,7 @@ WANTED = {
     "LM forward": ["lm.py:activations"],
     "SAE: encoder product": ["sae.py:pre_codes", "sparse.py:affine"],
     "SAE: sparse products (decode, levels, gradients, Ω)": [
-        *("sparse.py:sum_rows", "sparse.py:row_products", "native.py:nested_error"),
+        *("sparse.py:sum_rows", "sparse.py:row_products", "loss.py:nested_error"),
     ],
     "probing: product of the screen": ["screen.py:_left"],
     "probing: selection and fits": ["probing.py:sparse_answers", "probing.py:full_accuracies"],

@@ -82,25 +82,25 @@ class _PairsError(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         level_F = torch.zeros(len(dec_FD), dtype=torch.int64) if level_F is None else level_F
         starts_S = torch.searchsorted(codes.token_N, torch.arange(codes.batch + 1))
-        grad_BMD, grad_N, x_hat_BD, squares_M = native.nested_error(
+        grad_BMD, grad_N, grad_D, residual_BD, squares_M = native.nested_error(
             values_N, codes.latent_N, starts_S, level_F, working(dec_FD), bias_D, x_BD,
             levels=levels, stop_gradient=stop_gradient, plain=plain,
         )  # fmt: skip
         row_N = torch.add(level_F.index_select(0, codes.latent_N), codes.token_N, alpha=levels)
         sorted_N = (sorted_by.index_select(0, codes.order_N) for sorted_by in (row_N, values_N))
-        ctx.save_for_backward(grad_BMD, grad_N, *sorted_N, codes.ends_S)
+        ctx.save_for_backward(grad_BMD, grad_N, grad_D, *sorted_N, codes.ends_S)
         ctx.dtype = dec_FD.dtype
-        ctx.mark_non_differentiable(x_hat_BD)
+        ctx.mark_non_differentiable(residual_BD)
         ctx.set_materialize_grads(False)
         errors_M = squares_M / x_BD.numel()
-        return torch.lerp(errors_M.mean(), errors_M[-1], plain), x_hat_BD
+        return torch.lerp(errors_M.mean(), errors_M[-1], plain), residual_BD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        grad_BMD, grad_N, row_N, weight_N, ends_S = ctx.saved_tensors
+        grad_BMD, grad_N, grad_D, row_N, weight_N, ends_S = ctx.saved_tensors
         grad_FD = sum_rows(grad_BMD.flatten(0, 1), row_N, weight_N, ends_S, ctx.dtype).to(ctx.dtype)
-        grads = grad_N, grad_FD, grad_BMD[:, 0].sum(0, dtype=ctx.dtype)
+        grads = grad_N, grad_FD, grad_D.to(ctx.dtype)
         if grad != 1:  # a step's L_rec has weight 1
             grads = tuple(own * grad for own in grads)
         return *grads, *[None] * 7
@@ -109,7 +109,8 @@ class _PairsError(torch.autograd.Function):
 def nested_error(
     parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float | Tensor = 0.0, plain: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """L_rec, the mean over the levels of their squared errors, and x̂_M [B, D], without a gradient (METHOD 4b).
+    """L_rec, the mean over the levels of their squared errors, and what the last one leaves, x - x̂_M [B, D], without a
+    gradient (METHOD 4b).
 
         x̂_m = s·sg(x̂_{m-1}) + (1-s)·x̂_{m-1} + part_m
 
@@ -134,28 +135,28 @@ class _NestedError(torch.autograd.Function):
         ctx: Any, parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float | Tensor, plain: float
     ) -> tuple[Tensor, Tensor]:
         both_passes = kernels.nested_error if (kernels := kernels_for(x_BD)) else _NestedError.passes
-        grad_BMD, x_hat_BD, squares_M = both_passes(parts_BMD, bias_D, x_BD, stop_gradient, plain)
+        grad_BMD, residual_BD, squares_M = both_passes(parts_BMD, bias_D, x_BD, stop_gradient, plain)
         ctx.save_for_backward(grad_BMD)
-        ctx.mark_non_differentiable(x_hat_BD)
+        ctx.mark_non_differentiable(residual_BD)
         ctx.set_materialize_grads(False)
         errors_M = squares_M / x_BD.numel()
-        return torch.lerp(errors_M.mean(), errors_M[-1], plain), x_hat_BD
+        return torch.lerp(errors_M.mean(), errors_M[-1], plain), residual_BD
 
     @staticmethod
     def passes(
         parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float | Tensor, plain: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """g, x̂_M and every level's squared error, summed over B and D, [M]."""
+        """g, x - x̂_M and every level's squared error, summed over B and D, [M]."""
         levels, passed = range(parts_BMD.shape[1]), 1 - float(stop_gradient)
-        grad_BMD, x_hat_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
+        grad_BMD, left_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
         squares_M, c = x_BD.new_zeros(len(levels)), 2 / parts_BMD.numel()
-        whole = (parts_BMD, x_BD, grad_BMD, x_hat_BD)
-        for part_NMD, x_ND, grad_NMD, x_hat_ND in zip(*(rows.split(_TOKENS) for rows in whole), strict=True):
+        whole = (parts_BMD, x_BD, grad_BMD, left_BD)
+        for part_NMD, x_ND, grad_NMD, left_ND in zip(*(rows.split(_TOKENS) for rows in whole), strict=True):
             residual_MND = x_BD.new_empty(len(levels), *x_ND.shape)
             last_ND = torch.sub(c * bias_D, x_ND, alpha=c)
             for level in levels:
                 last_ND = torch.add(last_ND, part_NMD[:, level], alpha=c, out=residual_MND[level])
-            torch.add(x_ND, last_ND, alpha=1 / c, out=x_hat_ND)
+            torch.mul(last_ND, -1 / c, out=left_ND)
             squares_M += torch.linalg.vector_norm(residual_MND, dim=(1, 2)).pow(2)
             plain_ND = len(levels) * plain * last_ND if plain else None
             for level in levels[-2::-1]:
@@ -163,7 +164,7 @@ class _NestedError(torch.autograd.Function):
             if plain_ND is not None:
                 residual_MND.mul_(1 - plain).add_(plain_ND)
             grad_NMD.copy_(residual_MND.transpose(0, 1))
-        return grad_BMD, x_hat_BD, squares_M / c**2
+        return grad_BMD, left_BD, squares_M / c**2
 
     @staticmethod
     @once_differentiable

@@ -54,7 +54,7 @@ class SAE(nn.Module):
 
     def standardise(self, acts_BD: Tensor) -> Tensor:
         """Model activations [B, D] in float32, mean-centred, of mean squared norm D."""
-        return (acts_BD.float() - self.mean_D) * self.scale
+        return (acts_BD.float() - self.mean_D).mul_(self.scale)
 
     def pre_codes(self, x_BD: Tensor, latents_N: Tensor | None = None) -> Tensor:
         """Pre-activations [B, F] of standardised input, or [B, N] of the given latents alone."""

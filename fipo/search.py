@@ -1,16 +1,16 @@
 """The largest numbers of a row or of a batch: which pre-activations become codes.
 
 On a processor NumPy finds them, whose partition and search have vector code where torch's have none, under as many
-threads as torch has; on a GPU kernels do (fipo.kernels). bfloat16 is searched by its bits, int16: they are ordered as
-the positive numbers are, and below them for the others. Shapes: B tokens, F latents, K of them a token, N places, T
-tiles of G latents.
+threads as torch has; for rows compiled loops help it (fipo.native); on a GPU kernels do it all (fipo.kernels).
+bfloat16 is searched by its bits, int16: they are ordered as the positive numbers are, and below them for the others.
+Shapes: B tokens, F latents, K of them a token, N places, T tiles of G latents.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fipo.sparse import kernels_for
+from fipo.sparse import kernels_for, native_for
 from fipo.threads import in_threads
 
 TILE = 8
@@ -30,7 +30,7 @@ def largest_of_rows(pre_BF: Tensor, k: int) -> Tensor:
 
     Latents f, f + F/G, f + 2F/G, .. are one tile; the K tiles of largest maximum hold what is sought."""
     keys_BF = ordered(pre_BF)
-    kernels = kernels_for(keys_BF) if keys_BF.dtype == torch.int16 else None
+    kernels = (kernels_for(keys_BF) or native_for(keys_BF, torch.int16)) if keys_BF.dtype == torch.int16 else None
     if kernels and keys_BF.shape[1] <= kernels.LONGEST:
         return kernels.largest(keys_BF, k)
     tiles = _tiles(keys_BF)

@@ -29,13 +29,14 @@ class StepReport:
 
     terms: Terms
     x_BD: Tensor
-    x_hat_BD: Tensor
+    residual_BD: Tensor
+    """x - x̂."""
     codes: Codes | Tensor
 
     @property
     def fvu(self) -> float:
         """Fraction of variance unexplained on the batch (standardised input has mean 0 over the data)."""
-        return ((self.x_BD - self.x_hat_BD).pow(2).sum() / self.x_BD.pow(2).sum()).item()
+        return (self.residual_BD.pow(2).sum() / self.x_BD.pow(2).sum()).item()
 
     @property
     def l0(self) -> float:
@@ -147,7 +148,7 @@ def compute(state: TrainState, plan: Plan, numbers: Numbers, acts_BD: Tensor, pa
     with torch.autocast(x_BD.device.type, dtype=torch.bfloat16, enabled=config.optimiser.autocast, cache_enabled=False):
         with torch.set_grad_enabled(not plan.frozen):
             pre_BF, codes = sae.training_codes(x_BD, plan.k)
-        terms, x_hat_BD = loss_terms(state, plan, numbers, x_BD, pre_BF, codes, pairs_P2)
+        terms, residual_BD = loss_terms(state, plan, numbers, x_BD, pre_BF, codes, pairs_P2)
     state.optimizer.zero_grad()
     terms.total.backward()
     terms = Terms(*(term.detach() for term in terms))
@@ -157,8 +158,8 @@ def compute(state: TrainState, plan: Plan, numbers: Numbers, acts_BD: Tensor, pa
         state.importance.commit()
         sae.activation.observe(codes)
         if state.reservoir is not None:
-            state.reservoir.offer(x_BD, torch.linalg.vector_norm(x_BD - x_hat_BD, dim=1).square(), state.generator)
-    return StepReport(terms, x_BD, x_hat_BD.detach(), codes)
+            state.reservoir.offer(x_BD, torch.linalg.vector_norm(residual_BD, dim=1).square(), state.generator)
+    return StepReport(terms, x_BD, residual_BD, codes)
 
 
 def loss_terms(
@@ -170,7 +171,7 @@ def loss_terms(
     codes: Codes | Tensor,
     pairs_P2: Tensor,
 ) -> tuple[Terms, Tensor]:
-    """L = L_rec + λ_s L_sparsity + α L_aux + λ_o Ω, each weighted, and the full reconstruction x̂ [B, D].
+    """L = L_rec + λ_s L_sparsity + α L_aux + λ_o Ω, each weighted, and the residual x - x̂ [B, D].
 
     In the last phase (`frozen`) the codes are constants: only the plain reconstruction and Ω are left. Codes as pairs
     have no L_sparsity. The pre-activations of dead latents, few as a rule, are computed again, with their gradient.
@@ -181,7 +182,7 @@ def loss_terms(
     if config.levels is not None and not plan.frozen:
         held = spare_share(config.levels, sae.activation.shortage()) * numbers.stop_gradient
         order = latent_levels(state), len(config.levels.shares), held, config.levels.plain
-    reconstruction, x_hat_BD = objective.reconstruction_error(codes, sae.dec_FD, sae.dec_bias_D, x_BD, *order)
+    reconstruction, residual_BD = objective.reconstruction_error(codes, sae.dec_FD, sae.dec_bias_D, x_BD, *order)
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
     if not plan.frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):
         weight = workload.sparsity_penalty * numbers.penalty_share
@@ -190,12 +191,12 @@ def loss_terms(
         dead_N = (state.importance.silent_tokens_F >= workload.dead_tokens).nonzero().squeeze(1)
         if dead_N.numel():
             auxiliary = config.aux_weight * objective.auxiliary(
-                x_BD - x_hat_BD, sae.pre_codes(x_BD, dead_N), sae.dec_FD[dead_N], max(1, sae.d_in // 2)
+                residual_BD, sae.pre_codes(x_BD, dead_N), sae.dec_FD[dead_N], max(1, sae.d_in // 2)
             )
     if config.penalty is not None and plan.penalised:
         weight = config.penalty.every * config.penalty.weight * numbers.penalty_share
         orthogonality = weight * decoder_penalty(state, config.penalty, pairs_P2)
-    return Terms(reconstruction, sparsity, auxiliary, orthogonality), x_hat_BD
+    return Terms(reconstruction, sparsity, auxiliary, orthogonality), residual_BD
 
 
 def decoder_penalty(state: TrainState, penalty: Penalty, pairs_P2: Tensor) -> Tensor:

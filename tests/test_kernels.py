@@ -182,7 +182,7 @@ def test_steps_by_kernels_are_steps_without(name, autocast, by_kernels):
         for acts_BD in toys.activations(4):
             report = train_step(state, acts_BD.to(DEVICE))
         codes_BF = report.codes.dense()
-        found.append((state.sae.dec_FD, state.sae.enc_FD, state.importance.values(), codes_BF, report.x_hat_BD))
+        found.append((state.sae.dec_FD, state.sae.enc_FD, state.importance.values(), codes_BF, report.residual_BD))
     assert (found[0][3] > 0).any()
     for ours, theirs in zip(*found, strict=True):
         near = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-4, "atol": 1e-5}  # bfloat16 has 8 bits
@@ -229,7 +229,7 @@ def test_recorded_steps_equal_steps_bit_by_bit(name, monkeypatch):
         for acts_BD in toys.activations(30):
             report = train_step(state, acts_BD.cuda())
         recorded += len(state.graphs._recorded)
-        found.append(state.state_dict() | {"loss": report.terms.total.clone(), "x_hat": report.x_hat_BD.clone()})
+        found.append(state.state_dict() | {"loss": report.terms.total.clone(), "residual": report.residual_BD.clone()})
     assert recorded > 0
     assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
 

@@ -6,7 +6,7 @@ import toys
 
 pytest.importorskip("numba")
 
-from fipo import native, objective, sparse, update  # noqa: E402
+from fipo import native, objective, search, sparse, update  # noqa: E402
 from fipo.errors import UserError  # noqa: E402
 from fipo.objective import reconstruction_error  # noqa: E402
 from fipo.sparse import Codes, attach, pairs  # noqa: E402
@@ -31,14 +31,14 @@ def some_codes() -> Codes:
 
 
 def loss_and_gradients(codes: Codes, hold: float, plain: float, levels: int = LEVELS, factor: float = 1.0):
-    """L_rec, x̂ and the gradients of values, decoder and bias, under autocast."""
+    """L_rec, x - x̂ and the gradients of values, decoder and bias, under autocast."""
     dec_FD = (drawn(LATENTS, WIDTH, seed=2) / WIDTH**0.5).requires_grad_()
     bias_D, values_N = drawn(WIDTH, seed=3).requires_grad_(), codes.values_N.clone().requires_grad_()
     level_F = torch.arange(LATENTS) % levels if levels > 1 else None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         given = codes._replace(values_N=values_N), dec_FD, bias_D, drawn(BATCH, WIDTH, seed=4)
-        loss, x_hat_BD = reconstruction_error(*given, level_F, levels, hold, plain)
-    return loss, x_hat_BD, *torch.autograd.grad(factor * loss, (values_N, dec_FD, bias_D))
+        loss, residual_BD = reconstruction_error(*given, level_F, levels, hold, plain)
+    return loss, residual_BD, *torch.autograd.grad(factor * loss, (values_N, dec_FD, bias_D))
 
 
 @pytest.mark.parametrize(("hold", "plain"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.3, 0.25), (0.0, 1.0)])
@@ -56,14 +56,14 @@ def test_error_of_pairs_is_that_of_their_parts(monkeypatch, hold, plain, levels)
 def test_error_of_pairs_in_float64():
     """Rows and gradients rounded to bfloat16, sums exact: closer to the truth than one bit of eight."""
     codes = some_codes()
-    loss, x_hat_BD, *_ = loss_and_gradients(codes, 0.5, 0.0)
+    loss, residual_BD, *_ = loss_and_gradients(codes, 0.5, 0.0)
     dec_FD = (drawn(LATENTS, WIDTH, seed=2) / WIDTH**0.5).bfloat16().double()
     x_BD, total_BD, errors = drawn(BATCH, WIDTH, seed=4).double(), drawn(WIDTH, seed=3).double(), []
     for level in range(LEVELS):
         codes_BF = codes.dense().double() * (torch.arange(LATENTS) % LEVELS == level)
         total_BD = total_BD + codes_BF @ dec_FD
         errors.append((total_BD - x_BD).square().mean())
-    assert torch.allclose(x_hat_BD.double(), total_BD, atol=1e-6)
+    assert torch.allclose(residual_BD.double(), x_BD - total_BD, atol=1e-6)
     assert loss.item() == pytest.approx(torch.stack(errors).mean().item(), rel=1e-6)
 
 
@@ -81,9 +81,9 @@ def test_threads_do_not_change_a_bit():
 
 def test_no_pairs_at_all():
     none = pairs(torch.zeros(0), *torch.zeros(2, 0, dtype=torch.int64), BATCH, LATENTS)
-    loss, x_hat_BD, values_N, dec_FD, _bias_D = loss_and_gradients(none, 0.5, 0.0)
+    loss, residual_BD, values_N, dec_FD, _bias_D = loss_and_gradients(none, 0.5, 0.0)
     bias_D, x_BD = drawn(WIDTH, seed=3), drawn(BATCH, WIDTH, seed=4)
-    assert torch.allclose(x_hat_BD, bias_D.expand(BATCH, -1), atol=1e-6) and values_N.shape == (0,)
+    assert torch.allclose(residual_BD, x_BD - bias_D, atol=1e-6) and values_N.shape == (0,)
     assert not dec_FD.any() and loss.item() == pytest.approx((bias_D - x_BD).square().mean().item(), rel=1e-5)
 
 
@@ -99,6 +99,27 @@ def test_only_bfloat16_on_a_processor_is_for_it():
     assert sparse.native_for(torch.zeros(1, dtype=torch.bfloat16), torch.bfloat16) is native
     assert sparse.native_for(torch.zeros(1), torch.bfloat16) is None
     assert sparse.native_for(torch.zeros(1, dtype=torch.bfloat16, device="meta"), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize(("latents", "k"), [(3072, 32), (4096, 3), (1024, 40), (777, 5), (64, 64), (65_536, 2)])
+def test_the_largest_of_rows_are_those_that_torch_finds(monkeypatch, latents, k):
+    """Of equal ones too, of which bfloat16 has many; rows of more parts than one, through one, two and no tiles."""
+    pre_BF = drawn(3 if latents > 5000 else 300, latents, seed=7).bfloat16()
+    pre_BF[1] = 0.5
+    found_BK = search.largest_of_rows(pre_BF, k)
+    monkeypatch.setattr(search, "native_for", lambda *_given: None)
+    expected_BK = search.largest_of_rows(pre_BF, k)
+    assert found_BK.dtype == torch.int64
+    assert torch.equal(found_BK.sort(dim=1).values, expected_BK.sort(dim=1).values)
+
+
+def test_rows_too_long_for_it_get_their_tiles_from_torch(monkeypatch):
+    """Else two places would have one number."""
+    pre_BF, lengths, largest = drawn(2, native.LONGEST + 8, seed=7).bfloat16(), [], native.largest
+    monkeypatch.setattr(native, "largest", lambda keys_BF, k: lengths.append(keys_BF.shape[1]) or largest(keys_BF, k))
+    found_BK = pre_BF.gather(1, search.largest_of_rows(pre_BF, 3))
+    assert torch.equal(found_BK.sort(dim=1).values, pre_BF.topk(3).values.flip(1))
+    assert lengths == [len(pre_BF[0]) // search.TILE, 3 * search.TILE]
 
 
 def test_bfloat16_rounds_as_torch_does():

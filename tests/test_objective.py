@@ -152,8 +152,9 @@ def test_nested_error_is_the_mean_over_the_levels_with_the_gradient_of_autograd(
     expected = reference(parts_BMD, bias_D, s)
     unlevelled = squared_error(x_BD, parts_BMD.sum(1) + bias_D)
     loss = torch.lerp(level_loss(x_BD, expected), unlevelled, plain)
-    ours, x_hat_BD = nested_error(parts_BMD, bias_D, x_BD, s, plain)
-    assert torch.allclose(ours, loss) and torch.allclose(x_hat_BD, expected[-1]) and not x_hat_BD.requires_grad
+    ours, residual_BD = nested_error(parts_BMD, bias_D, x_BD, s, plain)
+    assert torch.allclose(ours, loss)
+    assert torch.allclose(residual_BD, x_BD - expected[-1]) and not residual_BD.requires_grad
     gradients = (torch.autograd.grad(3 * value, (parts_BMD, bias_D)) for value in (ours, loss))
     for one, other in zip(*gradients, strict=True):
         assert other.any() and torch.allclose(one, other, rtol=1e-12, atol=1e-15)
@@ -163,8 +164,8 @@ def test_nested_error_of_bfloat16_parts_adds_in_float32():
     parts_BMD = torch.randn(600, 4, WIDTH, generator=toys.seeded(2)).bfloat16().requires_grad_()
     x_BD, bias_D = rows(600, WIDTH, 3).float(), rows(1, WIDTH, 4)[0].float().requires_grad_()
     loss = level_loss(x_BD, reference(parts_BMD.float(), bias_D, 0.5))
-    ours, x_hat_BD = nested_error(parts_BMD, bias_D, x_BD, 0.5)
-    assert torch.allclose(ours, loss, rtol=1e-6) and ours.dtype == x_hat_BD.dtype == torch.float32
+    ours, residual_BD = nested_error(parts_BMD, bias_D, x_BD, 0.5)
+    assert torch.allclose(ours, loss, rtol=1e-6) and ours.dtype == residual_BD.dtype == torch.float32
     gradients = (torch.autograd.grad(value, (parts_BMD, bias_D)) for value in (ours, loss))
     for one, other in zip(*gradients, strict=True):
         assert (one - other).norm() < 0.01 * other.norm()

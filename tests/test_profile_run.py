@@ -17,7 +17,7 @@ UNUSED = {
 """Functions of other architectures and workloads, of longer runs, of other processors and without Numba."""
 SPARSE_ONLY = {
     *("sparse.py:sum_rows", "sparse.py:row_products", "search.py:largest_of_batch", "sparse.py:grouped"),
-    "native.py:nested_error",
+    "loss.py:nested_error",
 }
 
 

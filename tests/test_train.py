@@ -102,7 +102,7 @@ def test_reports_measure_the_step_s_batch():
     report = train_step(state, acts_BD)
     assert report.fvu == pytest.approx(((acts_BD - x_hat_BD).pow(2).sum() / acts_BD.pow(2).sum()).item(), rel=1e-5)
     assert report.l0 == (codes_BF > 0).sum().item() / toys.BATCH
-    assert not any(term.requires_grad for term in report.terms) and not report.x_hat_BD.requires_grad
+    assert not any(term.requires_grad for term in report.terms) and not report.residual_BD.requires_grad
 
 
 # Nothing outside the state matters
@@ -206,7 +206,7 @@ def test_last_phase_leaves_the_encoder_bitwise_and_trains_the_decoder(architectu
     for acts_BD in batches[9:]:
         report = train_step(state, acts_BD)
         assert report.terms.sparsity == 0 and report.terms.auxiliary == 0 and report.terms.orthogonality > 0
-        squared = (report.x_BD - report.x_hat_BD).pow(2).mean()
+        squared = report.residual_BD.pow(2).mean()
         assert report.terms.reconstruction.item() == pytest.approx(squared.item()), "plain, without levels"
     changed = differing(before, snapshot(state))
     assert len(encoder) >= 2 and not {f"sae.{name}" for name in encoder} & set(changed)

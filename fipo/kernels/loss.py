@@ -14,22 +14,22 @@ from fipo.kernels.pairs import WIDTH
 def nested_error(
     parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, hold: float | Tensor, plain: float
 ) -> tuple[Tensor, ...]:
-    """Gradient of every part, [B, M, D], x̂_M, [B, D], and every level's squared error, [M], summed over B and D; s is
-    `hold` (`fipo.objective`)."""
+    """Gradient of every part, [B, M, D], x - x̂_M, [B, D], and every level's squared error, [M], summed over B and D; s
+    is `hold` (`fipo.objective`)."""
     batch, levels, width = parts_BMD.shape
-    grad_BMD, x_hat_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
+    grad_BMD, left_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
     slices = triton.cdiv(width, WIDTH)
     squares_BTM = torch.empty(batch, slices, levels, device=x_BD.device)
     hold = torch.as_tensor(hold, dtype=torch.float32, device=x_BD.device)
-    given = parts_BMD.contiguous(), bias_D, x_BD.contiguous(), hold, grad_BMD, x_hat_BD, squares_BTM
+    given = parts_BMD.contiguous(), bias_D, x_BD.contiguous(), hold, grad_BMD, left_BD, squares_BTM
     numbers = width, 2 / parts_BMD.numel(), float(plain)
     _nested_error[(batch, slices)](*given, *numbers, LEVELS=levels, WIDTH=WIDTH, num_warps=2)
-    return grad_BMD, x_hat_BD, squares_BTM.sum((0, 1))
+    return grad_BMD, left_BD, squares_BTM.sum((0, 1))
 
 
 @triton.jit
 def _nested_error(
-    parts, bias, x, hold, grad, x_hat, squares, width, scale, plain, LEVELS: tl.constexpr, WIDTH: tl.constexpr
+    parts, bias, x, hold, grad, left, squares, width, scale, plain, LEVELS: tl.constexpr, WIDTH: tl.constexpr
 ):
     token, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = columns < width
@@ -40,7 +40,7 @@ def _nested_error(
     for level in tl.static_range(LEVELS):
         residual += tl.load(first + level * width, mask=inside, other=0.0).to(tl.float32)
         tl.store(tally + level, tl.sum(residual * residual))
-    tl.store(x_hat + token * width + columns, target + residual, mask=inside)
+    tl.store(left + token * width + columns, -residual, mask=inside)
     whole, passed, share = plain * LEVELS * residual, 1 - tl.load(hold), 1 - plain
     pull = residual
     grads = grad + token * LEVELS * width + columns
