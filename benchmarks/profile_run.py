@@ -45,7 +45,7 @@ OTHER = {
     "checkpoints": ["loop.py:save"],
     "activation cache: checked and written": ["harvest.py:_check_finite", "store.py:flush"],
     "training texts read and told apart": ["sae_probes.py:_training_texts"],
-    "tokenising": ["lm.py:token_rows"],
+    "tokenising": ["~:<method 'encode_batch' of 'tokenizers.Tokenizer' objects>"],
     "set-up: model, texts, imports": ["lm.py:__init__", "labelled.py:load_labelled"],
     "picture and tables": ["job.py:finish"],
 }

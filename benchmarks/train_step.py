@@ -7,8 +7,8 @@ FIPO's step has every part of the method on, bfloat16 autocast, and a fiftieth o
 every 50th step has one. Its two paths: `pairs`, where codes leave the encoder as (token, latent) pairs, and `matrix`,
 the dense reference. Every trainer has a process of its own (benchmarks/trainer_process.py), the same Gaussian batches
 and the same threads. Each rival first tries the settings that it offers (table `tried`: the quickest of three steps);
-the fastest then takes turns with ours. A turn is two steps, of which the second counts, since one after a pause is
-slower than one of a run; the median of the rounds counts.
+the fastest then takes turns with ours. A turn is a second of steps, as in training: their mean, and the median of the
+turns, counts. One more goes before them, since a step after a pause is slower.
 
 Ratios of time are theirs / ours, ratios of memory ours / theirs: of the peak of the processes, and of what that is
 beyond their imports. `penalty_share`: of a step at F = 16,384 that Ω takes. `growth_vs_gemm`: by how much a step grows
@@ -45,6 +45,8 @@ SHAPES: dict[str, Shape] = {
 USUAL = "gemma_16k,gemma_65k" if DEVICE == "cuda" else "minilm,16k"
 RIVALS = ("saelens", "dictionary_learning", "sparsify")
 GROWTH = (4096, 8192, 16_384, 32_768, 65_536)
+TURN = 0.2 if DEVICE == "cuda" else 1.0
+"""Seconds of steps in a turn."""
 MIB = 2**20
 
 Row = dict[str, Any]
@@ -89,6 +91,14 @@ class Trainer:
             self.step()
         self.seconds = [self.step() for _ in range(rounds)]
         return self
+
+    def turn(self) -> None:
+        """One step after a pause, then `TURN` seconds of steps, at least one; the mean of these is what counts."""
+        self.step()
+        counted = [self.step()]
+        while sum(counted) < TURN:
+            counted.append(self.step())
+        self.seconds.append(statistics.fmean(counted))
 
     def end(self) -> None:
         """Let the process go."""
@@ -161,8 +171,7 @@ def step_rows(started: dict[str, list[Trainer]], what: str, batch: int, rounds: 
         trainer.measure(0)
     for _ in range(rounds):
         for trainer in trainers:
-            trainer.step()  # after a pause a step is slower than in a run
-            trainer.seconds.append(trainer.step())
+            trainer.turn()
     rows = [{"what": what, **trainer.row, "tokens/s": 1000 * batch / trainer.row["ms a step"]} for trainer in trainers]
     for trainer in trainers:
         trainer.end()

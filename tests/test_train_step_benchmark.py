@@ -60,21 +60,23 @@ def test_trainers_take_turns_and_ratios_are_theirs_over_ours(monkeypatch):
     }
 
 
-def test_of_a_turn_the_second_step_counts():
+def test_a_turn_is_a_second_of_steps_after_the_first(monkeypatch):
     class Clock(bench.Trainer):
         def __init__(self):
             self.name, self.setting, self.seconds, self.peak, self.before, self.steps = "fipo", "pairs", [], 1, 0, 0
 
         def step(self):
             self.steps += 1
-            return float(self.steps)
+            return self.steps / 10
 
         def end(self):
             """There is no process."""
 
+    monkeypatch.setattr(bench, "TURN", 1.0)
     clock = Clock()
     rows, _ = bench.step_rows({"fipo": [clock]}, "toy", 32, 3)
-    assert clock.seconds == [4.0, 6.0, 8.0] and rows[0]["ms a step"] == 6000.0
+    # Two steps to warm up; .4 and .5 and .6 after .3, .8 and .9 after .7, 1.1 after 1.0.
+    assert clock.seconds == pytest.approx([0.5, 0.85, 1.1]) and rows[0]["ms a step"] == pytest.approx(850)
 
 
 def test_growth_is_measured_against_the_encoders_product():
