@@ -7,6 +7,7 @@ is dead, so the auxiliary term and revival find nothing to do, as in most steps.
 latents, tokens a batch, active latents a token.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -121,10 +122,14 @@ def occasional(state: TrainState, acts_BD: Tensor, rounds: int) -> dict[str, flo
 def stepper(architecture: str, shape: Shape, sparse: bool, device: str) -> Callable[[Tensor], float]:
     """One step a call without what it does not always do; returns the seconds of that which fall to each step."""
     state = fresh_state(architecture, shape, sparse, device)
-    share = sum(occasional(state, gaussian(shape, device)[0], 3).values())
+
+    @functools.cache
+    def share() -> float:
+        """Measured at the first step: before it, other trainers may be starting on the same cores."""
+        return sum(occasional(state, gaussian(shape, device)[0], 3).values())
 
     def step(acts_BD: Tensor) -> float:
         train_step(state, acts_BD)
-        return share
+        return share()
 
     return step
