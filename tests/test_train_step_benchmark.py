@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
+from benchmarks import our_step, trainer_process
 from benchmarks import train_step as bench
-from benchmarks import trainer_process
 from benchmarks.our_step import fresh_state, gaussian, stepper
 
 SHAPE = (16, 64, 32, 4)
@@ -102,6 +102,14 @@ def test_our_step_is_that_of_the_whole_method_and_counts_a_share_of_a_refresh():
     step = stepper("topk", SHAPE, True, "cpu")
     share = step(gaussian(SHAPE, "cpu")[0])
     assert 0 < share < 1 and step(gaussian(SHAPE, "cpu")[1]) == share
+
+
+def test_the_share_is_measured_when_no_other_trainer_is_starting(monkeypatch):
+    measured = []
+    monkeypatch.setattr(our_step, "occasional", lambda *_given: measured.append(1) or {"refresh": 0.25})
+    step = stepper("topk", SHAPE, True, "cpu")
+    assert not measured
+    assert [step(acts_BD) for acts_BD in gaussian(SHAPE, "cpu")] == [0.25] * 4 and len(measured) == 1
 
 
 def test_memory_is_that_of_this_process():
