@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from fipo.data.harvest import harvest
+from fipo.data.harvest import _check_finite, harvest
 from fipo.data.lm import LanguageModel
 from fipo.errors import UserError
 
@@ -90,6 +90,16 @@ def test_skipped_batches_never_reach_the_model(load_lm, monkeypatch):
     monkeypatch.setattr(LanguageModel, "activations", lambda self, *given: calls.append(1) or original(self, *given))
     next(harvest(lm, rows, batch_tokens=64, skip=len(first.text_N)))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_enough(value):
+    lm = SimpleNamespace(name="toy", layers=(1, 4), dtype=torch.bfloat16)
+    acts_NLD = torch.ones(5, 2, 3, dtype=torch.bfloat16)
+    _check_finite(acts_NLD, lm)
+    acts_NLD[3, 1, 2] = value
+    with pytest.raises(UserError, match="toy hold NaN or infinity in layer 4 "):
+        _check_finite(acts_NLD, lm)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

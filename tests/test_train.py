@@ -503,6 +503,15 @@ def test_pairs_are_mined_every_n_steps():
     assert [step for step in range(1, 11) if seen[step] is not seen[step - 1]] == [5, 10]
 
 
+def test_the_reservoir_is_offered_tokens_by_their_squared_error(monkeypatch):
+    state, offered = toys.fresh(toys.run_config("run_3")), []
+    monkeypatch.setattr(state.reservoir, "offer", lambda *given: offered.append(given))
+    report = train_step(state, toys.activations(1)[0])
+    [(x_BD, weight_B, generator)] = offered
+    assert torch.equal(x_BD, report.x_BD) and generator is state.generator
+    assert torch.allclose(weight_B, report.residual_BD.pow(2).sum(1))
+
+
 def test_revival_points_dead_latents_at_the_reservoir_and_resets_their_clock():
     dead = [2, 7, 11]
     state = with_long_dead(toys.fresh(toys.run_config("run_3", steps=100)), dead)
