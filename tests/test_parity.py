@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from benchmarks.parity import check, inputs, ours
+from fipo.activations import JumpReLU
 from fipo.replay import replay
+from fipo.sae import SAE
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "saebench.json").read_text())
 DATASETS = FIXTURE["job"]["datasets"]
@@ -98,3 +100,23 @@ def test_replay_goes_on_along_the_stream(pooled):
 def test_the_record_has_the_keys_in_their_order(folder):
     rows = list(check.check_schema(folder, FIXTURE))
     assert len(rows) == 5 and not failures(rows)
+
+
+def test_codes_apart_are_forgiven_at_the_threshold_alone():
+    """A token of text 1 has latent 0 at θ to the last bit; its code may be missing there, no other's."""
+    sae = SAE(4, 3, JumpReLU(3, threshold=0.5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.enc_FD.copy_(torch.eye(4)[:3])
+    acts_BLD = torch.zeros(2, 3, 4)
+    acts_BLD[0, :2] = torch.tensor([[0.9, 0.2, 0.7, 1.0], [0.8, 0.9, 0.1, 1.0]])
+    acts_BLD[1, :2] = torch.tensor([[0.5 * (1 + 2e-7), 0.9, 0.1, 1.0], [0.7, 0.2, 0.8, 1.0]])
+    means_NF = torch.stack([sae.encode(acts_LD[:2]).mean(0) for acts_LD in acts_BLD]).detach()
+
+    def passes(text: int, latent: int, less: float, who: str = "sae") -> bool:
+        moved_NF = means_NF.clone()
+        moved_NF[text, latent] -= less
+        return check.check_features("toy", who, moved_NF, means_NF, sae, [acts_BLD])[2]
+
+    assert passes(0, 0, 0.0) and passes(1, 0, 0.25)
+    assert not passes(1, 0, 0.35) and not passes(1, 1, 0.25) and not passes(0, 0, 0.25)
+    assert not passes(1, 0, 0.25, who="llm")
