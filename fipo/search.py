@@ -33,8 +33,8 @@ def largest_of_rows(pre_BF: Tensor, k: int) -> Tensor:
     kernels = (kernels_for(keys_BF) or native_for(keys_BF, torch.int16)) if keys_BF.dtype == torch.int16 else None
     if kernels and keys_BF.shape[1] <= kernels.LONGEST:
         return kernels.largest(keys_BF, k)
-    tiles = _tiles(keys_BF)
-    if tiles < 2 * k or tiles == keys_BF.shape[1]:
+    tiles = tiles_of_rows(keys_BF.shape[1], k)
+    if not tiles:
         return _partitioned(keys_BF, k)
     keys_BGT = keys_BF.unflatten(1, (-1, tiles))
     tiles_BK = largest_of_rows(keys_BGT.amax(1), k)
@@ -60,7 +60,7 @@ def largest_of_batch(pre_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor,
         tiny = ordered(torch.tensor(torch.finfo(pre_BF.dtype).tiny, dtype=pre_BF.dtype)).item()
         places_N = _at_least(keys_BF, max(floor.item(), tiny))
         if len(places_N) < count:
-            maxima_BT = keys_BF.unflatten(1, (-1, _tiles(keys_BF))).amax(1)
+            maxima_BT = keys_BF.unflatten(1, (-1, _tiles(keys_BF.shape[1]))).amax(1)
             few = count <= maxima_BT.numel()  # below their `count`-th largest none can be among those sought
             places_N = _at_least(keys_BF, max(_kth_largest(maxima_BT.flatten(), count), tiny) if few else tiny)
         if len(places_N) > count:
@@ -71,9 +71,15 @@ def largest_of_batch(pre_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor,
     return values_N, token_N, places_N - token_N * pre_BF.shape[1]
 
 
-def _tiles(keys_BF: Tensor) -> int:
+def _tiles(latents: int) -> int:
     """T; tiles of one latent each where F is no multiple of G."""
-    return keys_BF.shape[1] // TILE if keys_BF.shape[1] % TILE == 0 else keys_BF.shape[1]
+    return latents // TILE if latents % TILE == 0 else latents
+
+
+def tiles_of_rows(latents: int, k: int) -> int:
+    """T; 0 where the K largest of a row had better be sought without tiles."""
+    tiles = _tiles(latents)
+    return tiles if 2 * k <= tiles < latents else 0
 
 
 def _partitioned(keys_BF: Tensor, k: int) -> Tensor:

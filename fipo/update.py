@@ -78,6 +78,7 @@ def update(
         numbers_4 = torch.stack([number.float() for number in numbers])
         for parameter, state in zip(learned, states, strict=True):
             moments = state["exp_avg"], state["exp_avg_sq"]
+            assert all(tensor.is_contiguous() for tensor in (parameter, *moments)), "they are changed in place"
             own_F = along_F if parameter is dec_FD else None
             kernels.adam(parameter, *moments, numbers_4, adam.betas, adam.epsilon, own_F)
         return

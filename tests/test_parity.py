@@ -31,7 +31,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pooled(folder):
     """dataset -> llm and sae -> pooled features."""
-    return {name: check.features(folder, FIXTURE["job"], name) for name in DATASETS}
+    sae = ours.open_sae(folder / "sae")
+    return {name: check.features(check.tokens(folder, FIXTURE["job"], name), sae) for name in DATASETS}
 
 
 def failures(rows):

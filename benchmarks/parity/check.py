@@ -206,10 +206,9 @@ def tokens(folder: Path, job: dict[str, Any], name: str) -> list[Tensor]:
     return [given[f"{split}/{label}"] for split in ("train", "test") for label in job["datasets"][name]]
 
 
-def features(folder: Path, job: dict[str, Any], name: str) -> dict[str, Tensor]:
+def features(classes: list[Tensor], sae: SAE) -> dict[str, Tensor]:
     """Pooled activations and codes of one dataset."""
-    classes = tokens(folder, job, name)
-    pooled = ours.pooled(ours.content_of_cache(classes), sum(map(len, classes)), ours.open_sae(folder / "sae"))
+    pooled = ours.pooled(ours.content_of_cache(classes), sum(map(len, classes)), sae)
     return dict(zip(("llm", "sae"), pooled, strict=True))
 
 
@@ -232,8 +231,8 @@ def check_features(name: str, who: str, features_NF: Tensor, theirs_NF: Tensor, 
 def at_threshold(sae: SAE, acts_LD: Tensor, latent: int) -> float:
     """How far a text's mean code may move because float32 cannot tell on which side of the threshold a token is: the
     share of its tokens whose pre-activation, in float64, is as near to it as a sum of products of float32 is exact."""
-    content_TD = acts_LD[(acts_LD != 0).any(-1)].double()
-    x_TD = (content_TD - sae.mean_D.double()) * sae.scale.double()
+    [content] = ours.content_of_cache([acts_LD[None]])
+    x_TD = (content.acts_NLD[:, 0].double() - sae.mean_D.double()) * sae.scale.double()
     weight_D, bias = sae.enc_FD[latent].detach().double(), sae.enc_bias_F[latent].detach().double()
     pre_T, theta_F = x_TD @ weight_D + bias, threshold_of(sae.activation)
     assert theta_F is not None
@@ -350,11 +349,11 @@ def check_all(folder: Path, job: dict, theirs: dict, tensors: dict[str, Tensor])
     yield from check_data(folder, job, theirs)
     yield from check_pooling(folder, job, theirs, tensors)
     yield from check_probe_sets(theirs)
-    given = {name: features(folder, job, name) for name in job["datasets"]}
-    sae = ours.open_sae(folder / "sae")
-    for name, both in given.items():
+    given, sae = {}, ours.open_sae(folder / "sae")
+    for name in job["datasets"]:
         classes = tokens(folder, job, name)
-        for who, features_NF in both.items():
+        given[name] = features(classes, sae)
+        for who, features_NF in given[name].items():
             theirs_NF = tensors[f"{name}/{who}"]
             yield check_features(name, who, features_NF, theirs_NF, sae, classes)
             yield from check_chosen(job, name, who, features_NF, theirs_NF, theirs[f"chosen/{name}/{who}"])

@@ -43,7 +43,6 @@ def adam(
     parameter's rows are of unit norm: their gradient loses its part along them, and they are brought to unit norm."""
     width = parameter.shape[1] if along_F is not None else parameter.numel()
     block = _whole_rows(width) if along_F is not None else {"BLOCK": 2048, "num_warps": 4}
-    assert parameter.is_contiguous() and mean.is_contiguous() and square.is_contiguous()
     given = parameter, parameter.grad.contiguous(), mean, square, numbers_4, numbers_4 if along_F is None else along_F
     grid = (triton.cdiv(parameter.numel(), width if along_F is not None else 2048),)
     size = parameter.numel()

@@ -68,10 +68,8 @@ def adam(
     epsilon: float,
     along_F: Tensor | None,
 ) -> None:
-    """One step of Adam (Kingma & Ba 2015) on `parameter`, in place, with `numbers_4` = (rate over the first moment's
-    correction, root of the second's, what gradients are divided by, 1). With `along_F`, the parameter's rows are of
-    unit norm: their gradient loses its part along them, and they are brought to unit norm."""
-    assert parameter.is_contiguous() and mean.is_contiguous() and square.is_contiguous()
+    """The same as `fipo.kernels.adam.adam`, on a processor, where a step that may change nothing is not begun: the last
+    of `numbers_4` is 1."""
     matrices = (torch.atleast_2d(tensor) for tensor in (parameter, parameter.grad, mean, square))
     tensors = *matrices, torch.zeros(1) if along_F is None else along_F
     numbers = *numbers_4[:3].tolist(), 1 - betas[0], 1 - betas[1], epsilon

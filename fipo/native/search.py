@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fipo.native.compiler import as_numpy, compiled, index
-from fipo.search import TILE
+from fipo.search import TILE, tiles_of_rows
 from fipo.threads import in_threads
 
 LONGEST = 2**16
@@ -71,7 +71,7 @@ def largest(keys_BF: Tensor, k: int) -> Tensor:
 
 def _largest(keys_NF: np.ndarray, latents_NK: np.ndarray) -> None:
     (rows, columns), k = keys_NF.shape, latents_NK.shape[1]
-    tiles = columns // TILE if columns % TILE == 0 and columns >= 2 * k * TILE else 0
+    tiles = tiles_of_rows(columns, k)
     packed_NM, tiles_NK = np.empty((rows, TILE * k if tiles else columns), np.int32), np.empty_like(latents_NK)
     if tiles:
         maxima_NT = np.empty((rows, tiles), np.int16)
