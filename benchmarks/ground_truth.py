@@ -44,7 +44,9 @@ JUDGED = {"mcc": "mcc", "explained_variance": "explained_variance"} | {
 }
 """Our measures, and where SAELens' evaluation has them."""
 
-MATRYOSHKA = Levels(order="fixed", shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0), stop_gradient=0.0)
+MATRYOSHKA = Levels(
+    order="fixed", shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0), drawn=False, short_power=1.0, stop_gradient=0.0
+)
 PARTS: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty()}
 
 METHODS: dict[str, dict[str, Any]] = {

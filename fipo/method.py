@@ -113,15 +113,21 @@ class Levels:
 
     order: Literal["fixed", "importance"] = "importance"
     """By index (Matryoshka) or by σ, largest first."""
-    shares: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)
+    shares: tuple[float, ...] = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
     """Share of the dictionary in the first m levels; increasing, the last one is 1."""
+    drawn: bool = True
+    """Draw the cuts anew at each step, each between its share and the next one."""
     stop_gradient: float = 0.5
     """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
     rise: float = 0.8
-    """Share of the steps over which s rises from 0: latents must first be found, by every level's gradient."""
+    """Share of the steps over which the order comes into force, s from 0 and the power of the shares from
+    `short_power` to 1: latents must first be found, by every level's gradient."""
     short: tuple[float, ...] = (0.4, 0.5)
-    """Smallest code kept over the mean one (`BatchTopK.shortage`) up to which s is whole, and from which it is 0: where
-    codes as good as those kept are cut off, a level that learns only what is left wastes its share of the budget."""
+    """Smallest code kept over the mean one (`BatchTopK.shortage`) up to which the order is wholly in force, and from
+    which it is not: where codes as good as those kept are cut off, a level that learns only what is left wastes its
+    share of the budget."""
+    short_power: float = 0.5
+    """Power of the shares where the order is not in force: small levels take codes that a short budget lacks."""
     plain: float = 0.0
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
     decoder_only: float = 0.0
@@ -134,6 +140,7 @@ class Levels:
         bounds = len(self.short) == 2 and 0 <= self.short[0] < self.short[1]
         require(bounds, "levels.short", self.short, "two rising numbers, such as [0.4, 0.5] or, for always, [1, 2]")
         require(0 <= self.rise <= 1, "levels.rise", self.rise, "a share from 0 to 1")
+        require(0 < self.short_power <= 1, "levels.short_power", self.short_power, "a power above 0, at most 1")
         require(0 <= self.plain <= 1, "levels.plain", self.plain, "a weight from 0 to 1")
         require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
 

@@ -3,10 +3,7 @@
 A step is counted from 0. Nothing here is state: a resumed run is at the same place of every schedule.
 """
 
-from torch import Tensor
-
 from fipo.config import RunConfig
-from fipo.method import Levels
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
@@ -29,18 +26,10 @@ def penalty_share(config: RunConfig, step: int) -> float:
     return min(1.0, (step + 1) / max(1.0, config.optimiser.penalty_warmup * config.workload.steps))
 
 
-def stop_gradient(config: RunConfig, step: int) -> float:
-    """s of the levels: rises from 0 to its full strength over their `rise`; 0 without levels."""
+def order_share(config: RunConfig, step: int) -> float:
+    """Share of the levels' order that latents had time for: rises from 0 to 1 over `rise`; 0 without levels."""
     levels = config.levels
-    if levels is None:
-        return 0.0
-    return levels.stop_gradient * min(1.0, (step + 1) / max(1.0, levels.rise * config.workload.steps))
-
-
-def spare_share(levels: Levels, shortage: Tensor) -> Tensor:
-    """Share of s that is in force at this shortage of the budget (`Activation.shortage`), 0-d."""
-    first, last = levels.short
-    return ((last - shortage) / (last - first)).clamp(0, 1)
+    return 0.0 if levels is None else min(1.0, (step + 1) / max(1.0, levels.rise * config.workload.steps))
 
 
 def decoder_only(config: RunConfig, step: int) -> bool:

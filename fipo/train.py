@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fipo import lsh, objective
 from fipo.importance import several_ranks
+from fipo.levels import cuts, latent_levels, ranks, spare_share
 from fipo.method import Penalty
 from fipo.objective import Terms
 from fipo.revival import revive
-from fipo.schedules import active_latents, decoder_only, learning_rate, penalty_share, spare_share, stop_gradient
+from fipo.schedules import active_latents, decoder_only, learning_rate, order_share, penalty_share
 from fipo.sparse import Codes, positive
 from fipo.state import TrainState
 from fipo.update import UNCHECKED, update
@@ -62,7 +63,7 @@ class Numbers(NamedTuple):
 
     learning_rate: float | Tensor
     penalty_share: float | Tensor
-    stop_gradient: float | Tensor
+    order_share: float | Tensor
 
 
 def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
@@ -100,7 +101,7 @@ def plan_of(state: TrainState, batch: int) -> Plan:
 def numbers_of(state: TrainState) -> Numbers:
     """Of the state's next step."""
     config, step = state.config, state.step
-    return Numbers(learning_rate(config, step), penalty_share(config, step), stop_gradient(config, step))
+    return Numbers(learning_rate(config, step), penalty_share(config, step), order_share(config, step))
 
 
 def dead_possible(state: TrainState, batch: int) -> bool:
@@ -180,8 +181,10 @@ def loss_terms(
     nothing = torch.zeros((), device=x_BD.device)
     order = ()
     if config.levels is not None and not plan.frozen:
-        held = spare_share(config.levels, sae.activation.shortage()) * numbers.stop_gradient
-        order = latent_levels(state), len(config.levels.shares), held, config.levels.plain
+        in_force = numbers.order_share * spare_share(config.levels, sae.activation.shortage())
+        rank_F = ranks(config.levels, state.importance.values())
+        level_F = latent_levels(rank_F, cuts(config.levels, in_force, state.generator))
+        order = level_F, len(config.levels.shares), config.levels.stop_gradient * in_force, config.levels.plain
     reconstruction, residual_BD = objective.reconstruction_error(codes, sae.dec_FD, sae.dec_bias_D, x_BD, *order)
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
     if not plan.frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):
@@ -217,18 +220,6 @@ def decoder_penalty(state: TrainState, penalty: Penalty, pairs_P2: Tensor) -> Te
         margin=penalty.margin,
         probability=lambda cos: lsh.collision_probability(cos, settings.tables, bits),
     )
-
-
-def latent_levels(state: TrainState) -> Tensor:
-    """Level of every latent, [F] from 0: by index, or by its rank in σ, largest first. Nothing is permuted."""
-    settings, latents = state.config.levels, state.sae.latents
-    assert settings is not None
-    device = state.sae.dec_FD.device
-    rank_F = torch.arange(latents, device=device)
-    if settings.order == "importance":
-        rank_F[state.importance.values().argsort(descending=True, stable=True)] = rank_F.clone()
-    ends = [max(1, round(share * latents)) for share in settings.shares]
-    return sum((rank_F >= end for end in ends[:-1]), torch.zeros_like(rank_F))
 
 
 def refresh_pairs(state: TrainState) -> None:

@@ -10,10 +10,11 @@ from fipo import sparse
 from fipo.activations import BatchTopK, TopK, build_activation
 from fipo.decoding import decode_levels
 from fipo.importance import ImportanceEMA
+from fipo.levels import latent_levels, ranks
 from fipo.search import _partitioned, largest_of_rows
 from fipo.sparse import Codes, affine, attach, grouped, pairs_of, positive, row_products, sum_rows
 from fipo.state import TrainState
-from fipo.train import latent_levels, train_step
+from fipo.train import train_step
 
 BATCH, LATENTS, WIDTH, LEVELS = 7, 40, 5, 3
 SPARSE = ["topk", "batchtopk"]
@@ -279,7 +280,8 @@ def test_levels_are_sorted_within_a_token():
     state = trained("run_6", True, "batchtopk", steps=2)
     x_BD = toys.activations(1, seed=7)[0]
     _, codes = state.sae.training_codes(x_BD, 3)
-    parts_BMD, dense_BMD = (decode_levels(c, state.sae.dec_FD, latent_levels(state), 3) for c in (codes, codes.dense()))
+    level_F = latent_levels(ranks(state.config.levels, state.importance.values()), [0.25, 0.5])
+    parts_BMD, dense_BMD = (decode_levels(c, state.sae.dec_FD, level_F, 3) for c in (codes, codes.dense()))
     assert torch.allclose(parts_BMD, dense_BMD, atol=1e-5)
 
 

@@ -23,6 +23,7 @@ CORE = [
         "activations",
         "sae",
         "decoding",
+        "levels",
         "sparse",
         "search",
         "threads",

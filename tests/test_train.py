@@ -14,13 +14,16 @@ from fipo.config import LSH, Levels, Optimiser, Penalty, RunConfig
 from fipo.errors import UserError
 from fipo.metrics import max_cosines, quality
 from fipo.randomness import generator_for
-from fipo.schedules import active_latents, decoder_only, learning_rate, penalty_share, spare_share, stop_gradient
+from fipo.schedules import active_latents, decoder_only, learning_rate, order_share, penalty_share
 from fipo.sparse import Codes
 from fipo.state import TrainState
-from fipo.train import latent_levels, loss_terms, numbers_of, plan_of, train_step
+from fipo.train import loss_terms, numbers_of, plan_of, train_step
 
 REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "saelens.json").read_text(encoding="utf-8"))["losses"]
-PLAIN = Levels(order="fixed", shares=(0.25, 1.0), stop_gradient=1.0, plain=1.0, decoder_only=0.0)
+MATRYOSHKA = Levels(order="fixed", shares=(0.25, 0.5, 1.0), drawn=False, short_power=1.0, stop_gradient=0.0)
+PLAIN = Levels(
+    order="fixed", shares=(0.25, 1.0), drawn=False, short_power=1.0, stop_gradient=1.0, plain=1.0, decoder_only=0.0
+)
 RUNS = ["run_0", "run_3", "run_6", "jumprelu", "topk"]
 
 
@@ -306,7 +309,7 @@ def test_loss_and_gradients_equal_those_of_saelens(name):
             "run_0",
             workload=workload,
             architecture="batchtopk" if name == "matryoshka" else name,
-            levels=Levels(order="fixed", shares=(0.25, 0.5, 1.0), stop_gradient=0.0) if levels > 1 else None,
+            levels=MATRYOSHKA if levels > 1 else None,
             optimiser=Optimiser(autocast=False, penalty_warmup=0.0),
         ),
         width=6,
@@ -425,17 +428,12 @@ def test_a_step_has_as_many_active_latents_as_its_k(name):
     assert found[0] > 6 and found[0] <= 9 and found[-1] <= 3
 
 
-def test_the_stop_gradient_rises_to_its_strength():
-    config = toys.run_config("run_6", steps=20, levels=Levels(stop_gradient=0.5, rise=0.5))
-    assert [stop_gradient(config, step) for step in (0, 4, 9, 19)] == [0.05, 0.25, 0.5, 0.5]
-    at_once = replace(config, levels=Levels(stop_gradient=0.5, rise=0.0))
-    assert [stop_gradient(at_once, step) for step in (0, 1)] == [0.5, 0.5]
-
-
-def test_the_stop_gradient_is_whole_only_where_the_budget_is_not_short():
-    config = toys.run_config("run_6", steps=20, levels=Levels(stop_gradient=0.8, rise=0.0, short=(0.25, 0.75)))
-    shares = spare_share(config.levels, torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
-    assert stop_gradient(config, 0) == 0.8 and shares.tolist() == [1.0, 1.0, 0.5, 0.0, 0.0]
+def test_the_order_comes_into_force_over_its_rise():
+    config = toys.run_config("run_6", steps=20, levels=Levels(rise=0.5))
+    assert [order_share(config, step) for step in (0, 4, 9, 19)] == [0.1, 0.5, 1.0, 1.0]
+    at_once = replace(config, levels=Levels(rise=0.0))
+    assert [order_share(at_once, step) for step in (0, 1)] == [1.0, 1.0]
+    assert order_share(replace(config, levels=None), 19) == 0
 
 
 def test_the_step_lets_the_shortage_of_its_activation_decide(monkeypatch):
@@ -474,25 +472,18 @@ def test_decoder_only_is_the_last_share_of_the_steps():
 # Levels, pairs, revival
 
 
-def test_levels_follow_the_rank_in_importance_or_the_index():
-    config = toys.run_config("run_6", levels=Levels(shares=(0.25, 0.5, 1.0)))
-    state = toys.fresh(config)
-    state.importance.collect(torch.rand(5, toys.LATENTS, generator=toys.seeded()))
-    state.importance.commit()
-    sigma = state.importance.values().tolist()
-    ranked = sorted(range(toys.LATENTS), key=sigma.__getitem__, reverse=True)
-    expected = [0] * toys.LATENTS
-    for rank, latent in enumerate(ranked):
-        expected[latent] = 0 if rank < 4 else 1 if rank < 8 else 2
-    assert latent_levels(state).tolist() == expected
-    fixed = toys.fresh(replace(config, levels=Levels(order="fixed", shares=(0.25, 0.5, 1.0))))
-    assert latent_levels(fixed).tolist() == [0] * 4 + [1] * 4 + [2] * 8
-
-
-def test_a_share_below_one_latent_still_gives_every_latent_a_level():
-    state = toys.fresh(toys.run_config("run_6", levels=Levels(order="fixed", shares=(0.001, 0.002, 0.5, 1.0))))
-    levels_F = latent_levels(state)
-    assert levels_F[0] == 0 and levels_F[1:8].tolist() == [2] * 7 and levels_F[8:].tolist() == [3] * 8
+def test_the_step_draws_its_cuts_anew_from_the_generator_of_the_state(monkeypatch):
+    """And by what is in force of the order, which rises over the run."""
+    seen = []
+    drawn = train.cuts
+    monkeypatch.setattr(train, "cuts", lambda *given: seen.append((given, drawn(*given))) or seen[-1][1])
+    state = toys.fresh(
+        toys.run_config("run_6", steps=4, levels=Levels(shares=(0.25, 0.5, 1.0), rise=1.0, short=(9, 10)))
+    )
+    run(state, toys.activations(4))
+    assert [float(given[1]) for given, _ in seen] == [0.25, 0.5, 0.75, 1.0]
+    assert all(given[2] is state.generator for given, _ in seen)
+    assert len({float(found[0]) for _, found in seen}) == 4
 
 
 def test_pairs_are_mined_every_n_steps():

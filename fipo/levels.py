@@ -1,0 +1,43 @@
+"""Which level of the nested reconstruction a latent is in (METHOD 4b): by its rank in importance, or by its index.
+
+Levels alone order what a cut separates. The cuts of a step are drawn, so that of any two latents the more important one
+is now and then in an earlier level (random prefixes are Nabeshima's, 2024, "Matryoshka Sparse Autoencoders"). Small
+levels take more codes than a short budget has, hence they grow where it is short. Shapes: F latents, M levels.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fipo.method import Levels
+
+
+def spare_share(levels: Levels, shortage: Tensor) -> Tensor:
+    """How far the budget allows for an order, from 0 (short) to 1, 0-d, at this `Activation.shortage`."""
+    first, last = levels.short
+    return ((last - shortage) / (last - first)).clamp(0, 1)
+
+
+def cuts(levels: Levels, in_force: float | Tensor, generator: torch.Generator) -> list[float | Tensor]:
+    """Shares of the dictionary in the first 1 .. M - 1 levels at one step, rising, each 0-d.
+
+    A cut lies between its own share and the next one, evenly in the logarithm, all by one draw; the power takes it up
+    as far as the order is not `in_force`.
+    """
+    power = 1 - (1 - levels.short_power) * (1 - in_force)
+    way = torch.rand((), generator=generator, device=generator.device) if levels.drawn else 0.0
+    return [(share * (following / share) ** way) ** power for share, following in pairwise(levels.shares)]
+
+
+def latent_levels(rank_F: Tensor, cuts: list[float | Tensor]) -> Tensor:
+    """Level of every latent, [F] from 0. The first has one latent at least."""
+    return sum((rank_F >= len(rank_F) * cut for cut in cuts), torch.zeros_like(rank_F))
+
+
+def ranks(levels: Levels, sigma_F: Tensor) -> Tensor:
+    """Place of every latent in the order, [F] from 0: its index, or how many have a larger σ. Nothing is permuted."""
+    rank_F = torch.arange(len(sigma_F), device=sigma_F.device)
+    if levels.order == "importance":
+        rank_F[sigma_F.argsort(descending=True, stable=True)] = rank_F.clone()
+    return rank_F
