@@ -14,20 +14,20 @@ from fipo.method import Levels
 
 
 def spare_share(levels: Levels, shortage: Tensor) -> Tensor:
-    """How far the budget allows for an order, from 0 (short) to 1, 0-d, at this `Activation.shortage`."""
+    """How far the budget is not short, from 0 to 1, 0-d, at this `Activation.shortage`."""
     first, last = levels.short
     return ((last - shortage) / (last - first)).clamp(0, 1)
 
 
-def cuts(levels: Levels, in_force: float | Tensor, generator: torch.Generator) -> list[float | Tensor]:
+def cuts(levels: Levels, way: float | Tensor, generator: torch.Generator) -> list[float | Tensor]:
     """Shares of the dictionary in the first 1 .. M - 1 levels at one step, rising, each 0-d.
 
-    A cut lies between its own share and the next one, evenly in the logarithm, all by one draw; the power takes it up
-    as far as the order is not `in_force`.
+    A cut lies between its own share and the next one, evenly in the logarithm, all by one draw, to a power that goes
+    from `short_power` to 1 as `way` goes from 0 to 1.
     """
-    power = 1 - (1 - levels.short_power) * (1 - in_force)
-    way = torch.rand((), generator=generator, device=generator.device) if levels.drawn else 0.0
-    return [(share * (following / share) ** way) ** power for share, following in pairwise(levels.shares)]
+    power = 1 - (1 - levels.short_power) * (1 - way)
+    drawn = torch.rand((), generator=generator, device=generator.device) if levels.drawn else 0.0
+    return [(share * (following / share) ** drawn) ** power for share, following in pairwise(levels.shares)]
 
 
 def latent_levels(rank_F: Tensor, cuts: list[float | Tensor]) -> Tensor:

@@ -117,17 +117,19 @@ class Levels:
     """Share of the dictionary in the first m levels; increasing, the last one is 1."""
     drawn: bool = True
     """Draw the cuts anew at each step, each between its share and the next one."""
+    rise: float = 0.8
+    """Share of the steps over which the power of the shares rises from `short_power` to 1: latents must first be found,
+    by every level's gradient."""
     stop_gradient: float = 0.5
     """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
-    rise: float = 0.8
-    """Share of the steps over which the order comes into force, s from 0 and the power of the shares from
-    `short_power` to 1: latents must first be found, by every level's gradient."""
+    held: tuple[float, ...] = (0.6, 0.8)
+    """Shares of the steps from which on s rises from 0, and at which it is whole: directions are learned without it."""
     short: tuple[float, ...] = (0.4, 0.5)
-    """Smallest code kept over the mean one (`BatchTopK.shortage`) up to which the order is wholly in force, and from
-    which it is not: where codes as good as those kept are cut off, a level that learns only what is left wastes its
-    share of the budget."""
+    """Smallest code kept over the mean one (`BatchTopK.shortage`) up to which s and the power are those of the step,
+    and from which they are 0 and `short_power`: where codes as good as those kept are cut off, a level that learns only
+    what is left wastes its share of the budget, and small levels take codes that it lacks."""
     short_power: float = 0.5
-    """Power of the shares where the order is not in force: small levels take codes that a short budget lacks."""
+    """Power of the shares at first, and where the budget is short: it makes levels larger."""
     plain: float = 0.0
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
     decoder_only: float = 0.0
@@ -139,6 +141,8 @@ class Levels:
         require(0 <= self.stop_gradient <= 1, "levels.stop_gradient", self.stop_gradient, "a strength from 0 to 1")
         bounds = len(self.short) == 2 and 0 <= self.short[0] < self.short[1]
         require(bounds, "levels.short", self.short, "two rising numbers, such as [0.4, 0.5] or, for always, [1, 2]")
+        held = len(self.held) == 2 and 0 <= self.held[0] <= self.held[1] <= 1
+        require(held, "levels.held", self.held, "two shares, such as [0.6, 0.8] or, from the first step on, [0, 0]")
         require(0 <= self.rise <= 1, "levels.rise", self.rise, "a share from 0 to 1")
         require(0 < self.short_power <= 1, "levels.short_power", self.short_power, "a power above 0, at most 1")
         require(0 <= self.plain <= 1, "levels.plain", self.plain, "a weight from 0 to 1")

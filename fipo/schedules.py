@@ -27,9 +27,18 @@ def penalty_share(config: RunConfig, step: int) -> float:
 
 
 def order_share(config: RunConfig, step: int) -> float:
-    """Share of the levels' order that latents had time for: rises from 0 to 1 over `rise`; 0 without levels."""
+    """Way of the levels' power from `short_power` to 1: rises from 0 to 1 over their `rise`; 0 without levels."""
     levels = config.levels
     return 0.0 if levels is None else min(1.0, (step + 1) / max(1.0, levels.rise * config.workload.steps))
+
+
+def stop_gradient(config: RunConfig, step: int) -> float:
+    """s of the levels: rises from 0 to its full strength between the two shares of `held`; 0 without levels."""
+    levels, steps = config.levels, config.workload.steps
+    if levels is None:
+        return 0.0
+    first, last = levels.held
+    return levels.stop_gradient * min(1.0, max(0.0, step + 1 - first * steps) / max(1.0, (last - first) * steps))
 
 
 def decoder_only(config: RunConfig, step: int) -> bool:

@@ -17,7 +17,7 @@ from fipo.levels import cuts, latent_levels, ranks, spare_share
 from fipo.method import Penalty
 from fipo.objective import Terms
 from fipo.revival import revive
-from fipo.schedules import active_latents, decoder_only, learning_rate, order_share, penalty_share
+from fipo.schedules import active_latents, decoder_only, learning_rate, order_share, penalty_share, stop_gradient
 from fipo.sparse import Codes, positive
 from fipo.state import TrainState
 from fipo.update import UNCHECKED, update
@@ -64,6 +64,7 @@ class Numbers(NamedTuple):
     learning_rate: float | Tensor
     penalty_share: float | Tensor
     order_share: float | Tensor
+    stop_gradient: float | Tensor
 
 
 def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
@@ -101,7 +102,8 @@ def plan_of(state: TrainState, batch: int) -> Plan:
 def numbers_of(state: TrainState) -> Numbers:
     """Of the state's next step."""
     config, step = state.config, state.step
-    return Numbers(learning_rate(config, step), penalty_share(config, step), order_share(config, step))
+    schedules = learning_rate, penalty_share, order_share, stop_gradient
+    return Numbers(*(schedule(config, step) for schedule in schedules))
 
 
 def dead_possible(state: TrainState, batch: int) -> bool:
@@ -181,10 +183,10 @@ def loss_terms(
     nothing = torch.zeros((), device=x_BD.device)
     order = ()
     if config.levels is not None and not plan.frozen:
-        in_force = numbers.order_share * spare_share(config.levels, sae.activation.shortage())
+        spare = spare_share(config.levels, sae.activation.shortage())
         rank_F = ranks(config.levels, state.importance.values())
-        level_F = latent_levels(rank_F, cuts(config.levels, in_force, state.generator))
-        order = level_F, len(config.levels.shares), config.levels.stop_gradient * in_force, config.levels.plain
+        level_F = latent_levels(rank_F, cuts(config.levels, numbers.order_share * spare, state.generator))
+        order = level_F, len(config.levels.shares), numbers.stop_gradient * spare, config.levels.plain
     reconstruction, residual_BD = objective.reconstruction_error(codes, sae.dec_FD, sae.dec_bias_D, x_BD, *order)
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
     if not plan.frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):

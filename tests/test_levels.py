@@ -35,9 +35,9 @@ def test_a_share_below_one_latent_still_gives_the_first_level_one():
 
 @pytest.mark.parametrize("latents", [16, 3072, 16384])
 def test_fixed_cuts_are_the_shares_to_the_latent(latents):
-    """Whatever is in force, as a number or as the tensor of a step."""
-    for in_force in (0.0, 0.3, torch.tensor(0.7)):
-        found = cuts(FIXED, in_force, toys.seeded())
+    """Wherever the power is, as a number or as the tensor of a step."""
+    for way in (0.0, 0.3, torch.tensor(0.7)):
+        found = cuts(FIXED, way, toys.seeded())
         counts = latent_levels(torch.arange(latents), found).bincount().tolist()
         assert counts == [latents // 4, latents // 4, latents // 2]
 
@@ -65,7 +65,7 @@ def test_any_two_latents_are_at_times_in_different_levels():
     assert apart[8:].all() and not apart[:7].any()
 
 
-def test_what_is_not_in_force_takes_the_cuts_up_by_a_power():
+def test_a_power_takes_the_cuts_up():
     levels = Levels(shares=SHARES, drawn=False, short_power=0.5)
     assert cuts(levels, 1.0, toys.seeded()) == pytest.approx([0.125, 0.25, 0.5])
     assert cuts(levels, 0.0, toys.seeded()) == pytest.approx([0.125**0.5, 0.5, 0.5**0.5])
@@ -81,6 +81,6 @@ def test_fixed_cuts_take_no_chance_and_drawn_ones_one_number():
     assert given.get_state().equal(other.get_state())
 
 
-def test_the_budget_allows_for_an_order_up_to_a_shortage():
+def test_the_budget_is_spare_up_to_a_shortage():
     shares = spare_share(Levels(short=(0.25, 0.75)), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
     assert shares.tolist() == [1.0, 1.0, 0.5, 0.0, 0.0]

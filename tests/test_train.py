@@ -14,7 +14,7 @@ from fipo.config import LSH, Levels, Optimiser, Penalty, RunConfig
 from fipo.errors import UserError
 from fipo.metrics import max_cosines, quality
 from fipo.randomness import generator_for
-from fipo.schedules import active_latents, decoder_only, learning_rate, order_share, penalty_share
+from fipo.schedules import active_latents, decoder_only, learning_rate, order_share, penalty_share, stop_gradient
 from fipo.sparse import Codes
 from fipo.state import TrainState
 from fipo.train import loss_terms, numbers_of, plan_of, train_step
@@ -428,7 +428,7 @@ def test_a_step_has_as_many_active_latents_as_its_k(name):
     assert found[0] > 6 and found[0] <= 9 and found[-1] <= 3
 
 
-def test_the_order_comes_into_force_over_its_rise():
+def test_the_levels_shrink_over_their_rise():
     config = toys.run_config("run_6", steps=20, levels=Levels(rise=0.5))
     assert [order_share(config, step) for step in (0, 4, 9, 19)] == [0.1, 0.5, 1.0, 1.0]
     at_once = replace(config, levels=Levels(rise=0.0))
@@ -436,17 +436,28 @@ def test_the_order_comes_into_force_over_its_rise():
     assert order_share(replace(config, levels=None), 19) == 0
 
 
+def test_the_stop_gradient_rises_to_its_strength_between_two_shares():
+    config = toys.run_config("run_6", steps=20, levels=Levels(stop_gradient=0.8, held=(0.5, 0.7)))
+    found = [stop_gradient(config, step) for step in (0, 9, 10, 11, 12, 13, 19)]
+    assert found == pytest.approx([0, 0, 0.2, 0.4, 0.6, 0.8, 0.8])
+    at_once = replace(config, levels=Levels(stop_gradient=0.8, held=(0.0, 0.0)))
+    assert [stop_gradient(at_once, step) for step in (0, 19)] == [0.8, 0.8]
+    assert stop_gradient(replace(config, levels=None), 19) == 0
+
+
 def test_the_step_lets_the_shortage_of_its_activation_decide(monkeypatch):
-    """With the smallest code as large as the mean one nothing is held; with a far smaller one all of s is."""
-    seen = []
-    nested = objective.nested_error
+    """With the smallest code as large as the mean one nothing is held, and levels are large; with a far smaller one
+    all of s is, and they are as small as the step has them."""
+    seen, ways = [], []
+    nested, drawn = objective.nested_error, train.cuts
+    monkeypatch.setattr(train, "cuts", lambda *given: ways.append(float(given[1])) or drawn(*given))
     monkeypatch.setattr(objective, "nested_error", lambda *given: seen.append(given[3]) or nested(*given))
     for threshold in (0.1, 1.0):
-        state = toys.fresh(toys.run_config("run_6", levels=Levels(stop_gradient=0.5, rise=0.0)))
+        state = toys.fresh(toys.run_config("run_6", levels=Levels(stop_gradient=0.5, held=(0.0, 0.0))))
         state.sae.activation.threshold.fill_(threshold)
         state.sae.activation.mean.fill_(1.0)
         run(state, toys.activations(1))
-    assert seen == [0.5, 0.0]
+    assert seen == [0.5, 0.0] and ways == [pytest.approx(1 / 9.6), 0.0]
 
 
 @pytest.mark.parametrize(("at", "steps", "told"), [(3, 12, 12), (13, 20, 16), (17, 20, 20)])
@@ -473,7 +484,7 @@ def test_decoder_only_is_the_last_share_of_the_steps():
 
 
 def test_the_step_draws_its_cuts_anew_from_the_generator_of_the_state(monkeypatch):
-    """And by what is in force of the order, which rises over the run."""
+    """And by the way of their power, which rises over the run."""
     seen = []
     drawn = train.cuts
     monkeypatch.setattr(train, "cuts", lambda *given: seen.append((given, drawn(*given))) or seen[-1][1])
