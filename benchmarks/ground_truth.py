@@ -58,10 +58,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "ortsae": {"penalty": Penalty(kind="ortsae", weight=0.1, every=1)},
     "omega": PARTS,
     "matryoshka": {"levels": MATRYOSHKA},
+    "prefixes": {"importance": Importance(decay=0.95, norm="l2"), "levels": Levels(stop_gradient=0.0, short_power=1.0)},
     "levels": {"importance": Importance(), "levels": Levels()},
     "fipo": PARTS | {"levels": Levels()},
 }
-"""What each differs in from BatchTopK. `sparsity` is λ_s, chosen for an L0 near 6 on the model of 1,024 features."""
+"""What each differs in from BatchTopK. `prefixes` are Nabeshima's (2024): drawn, of latents sorted by an EMA of their
+squared norms; there each is drawn by itself, here one draw moves all. `sparsity` is λ_s, chosen for an L0 near 6 on the
+model of 1,024 features."""
 
 SHOWN = ("mcc", "f1", "precision", "recall", "explained_variance", "absorption", "composition", "uniqueness")
 SHOWN += ("mean_max_cosine", "dead_share", "l0", "ms_per_step")

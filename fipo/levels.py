@@ -1,8 +1,9 @@
 """Which level of the nested reconstruction a latent is in (METHOD 4b): by its rank in importance, or by its index.
 
-Levels alone order what a cut separates. The cuts of a step are drawn, so that of any two latents the more important one
-is now and then in an earlier level (random prefixes are Nabeshima's, 2024, "Matryoshka Sparse Autoencoders"). Small
-levels take more codes than a short budget has, hence they grow where it is short. Shapes: F latents, M levels.
+Levels order what a cut separates, so the cuts are drawn at every step: beyond the smallest first level, any two latents
+are in different levels now and then. Small levels take more codes than a short budget has, hence they are large where
+it is short. Nearest prior art: Nabeshima 2024 ("Matryoshka Sparse Autoencoders") draws prefixes too, of latents sorted
+by an EMA of their squared norms. Shapes: F latents, M levels.
 """
 
 from itertools import pairwise
@@ -11,6 +12,14 @@ import torch
 from torch import Tensor
 
 from fipo.method import Levels
+
+
+def ranks(levels: Levels, sigma_F: Tensor) -> Tensor:
+    """Place of every latent in the order, [F] from 0: its index, or how many have a larger σ. Nothing is permuted."""
+    rank_F = torch.arange(len(sigma_F), device=sigma_F.device)
+    if levels.order == "importance":
+        rank_F[sigma_F.argsort(descending=True, stable=True)] = rank_F.clone()
+    return rank_F
 
 
 def spare_share(levels: Levels, shortage: Tensor) -> Tensor:
@@ -33,11 +42,3 @@ def cuts(levels: Levels, way: float | Tensor, generator: torch.Generator) -> lis
 def latent_levels(rank_F: Tensor, cuts: list[float | Tensor]) -> Tensor:
     """Level of every latent, [F] from 0. The first has one latent at least."""
     return sum((rank_F >= len(rank_F) * cut for cut in cuts), torch.zeros_like(rank_F))
-
-
-def ranks(levels: Levels, sigma_F: Tensor) -> Tensor:
-    """Place of every latent in the order, [F] from 0: its index, or how many have a larger σ. Nothing is permuted."""
-    rank_F = torch.arange(len(sigma_F), device=sigma_F.device)
-    if levels.order == "importance":
-        rank_F[sigma_F.argsort(descending=True, stable=True)] = rank_F.clone()
-    return rank_F
