@@ -24,8 +24,5 @@ def decode_levels(codes: Codes | Tensor, dec_FD: Tensor, level_F: Tensor, levels
     """The parts of M levels, [B, M, D]; `level_F` is every latent's level, from 0."""
     if isinstance(codes, Codes):
         return decode_pairs(codes, dec_FD, level_F, levels)
-    parts = []
-    for level in range(levels):
-        members = (level_F == level).nonzero().squeeze(1)
-        parts.append(codes[:, members] @ dec_FD[members])
+    parts = [codes @ (dec_FD * (level_F == level)[:, None]) for level in range(levels)]  # of one shape at every step
     return torch.stack(parts, dim=1)

@@ -116,8 +116,7 @@ class Levels:
     shares: tuple[float, ...] = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
     """Share of the dictionary in the first m levels; increasing, the last one is 1."""
     drawn: bool = True
-    """Draw the cuts anew at each step, each between its share and the next one. relu and jumprelu, whose codes are a
-    matrix, then multiply other shapes at every step: a third slower, and memory grows with the shapes seen."""
+    """Draw the cuts anew at each step, each between its share and the next one."""
     rise: float = 0.8
     """Share of the steps over which the power of the shares rises from `short_power` to 1: latents must first be found,
     by every level's gradient."""
