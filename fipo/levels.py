@@ -39,6 +39,6 @@ def cuts(levels: Levels, way: float | Tensor, generator: torch.Generator) -> lis
     return [(share * (following / share) ** drawn) ** power for share, following in pairwise(levels.shares)]
 
 
-def latent_levels(rank_F: Tensor, cuts: list[float | Tensor]) -> Tensor:
-    """Level of every latent, [F] from 0. The first has one latent at least."""
-    return sum((rank_F >= len(rank_F) * cut for cut in cuts), torch.zeros_like(rank_F))
+def latent_levels(rank_F: Tensor, found: list[float | Tensor]) -> Tensor:
+    """Level of every latent, [F] from 0, by the `cuts` found. The first has one latent at least."""
+    return sum((rank_F >= len(rank_F) * cut for cut in found), torch.zeros_like(rank_F))

@@ -9,9 +9,9 @@ from fipo.config import RunConfig
 def learning_rate(config: RunConfig, step: int) -> float:
     """Linear warm-up, constant, linear decay to 0 over the last steps."""
     steps, schedule = config.workload.steps, config.optimiser
-    rising = (step + 1) / max(1.0, schedule.warmup * steps)
+    rising = _rising(config, step, schedule.warmup)
     falling = (steps - step) / max(1.0, schedule.decay * steps)
-    return config.workload.learning_rate * min(1.0, rising, falling)
+    return config.workload.learning_rate * min(rising, falling)
 
 
 def active_latents(config: RunConfig, step: int) -> int:
@@ -23,25 +23,30 @@ def active_latents(config: RunConfig, step: int) -> int:
 
 def penalty_share(config: RunConfig, step: int) -> float:
     """Share of λ_s and λ_o that is in force: rises from 0 to 1 over the penalty warm-up."""
-    return min(1.0, (step + 1) / max(1.0, config.optimiser.penalty_warmup * config.workload.steps))
+    return _rising(config, step, config.optimiser.penalty_warmup)
 
 
 def order_share(config: RunConfig, step: int) -> float:
     """Way of the levels' power from `short_power` to 1: rises from 0 to 1 over their `rise`; 0 without levels."""
-    levels = config.levels
-    return 0.0 if levels is None else min(1.0, (step + 1) / max(1.0, levels.rise * config.workload.steps))
+    return 0.0 if config.levels is None else _rising(config, step, config.levels.rise)
 
 
 def stop_gradient(config: RunConfig, step: int) -> float:
     """s of the levels: rises from 0 to its full strength between the two shares of `held`; 0 without levels."""
-    levels, steps = config.levels, config.workload.steps
+    levels = config.levels
     if levels is None:
         return 0.0
     first, last = levels.held
-    return levels.stop_gradient * min(1.0, max(0.0, step + 1 - first * steps) / max(1.0, (last - first) * steps))
+    return levels.stop_gradient * _rising(config, step, last, first)
 
 
 def decoder_only(config: RunConfig, step: int) -> bool:
     """Is this step in the last phase, in which the decoder alone learns?"""
     levels = config.levels
     return levels is not None and step >= round((1 - levels.decoder_only) * config.workload.steps)
+
+
+def _rising(config: RunConfig, step: int, last: float, first: float = 0.0) -> float:
+    """From 0 to 1 between two shares of the steps; 1 from the first step on where both are 0."""
+    steps = config.workload.steps
+    return min(1.0, max(0.0, step + 1 - first * steps) / max(1.0, (last - first) * steps))
