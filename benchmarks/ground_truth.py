@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,15 @@ JUDGED = {"mcc": "mcc", "explained_variance": "explained_variance"} | {
 }
 """Our measures, and where SAELens' evaluation has them."""
 
+ALIKE = (0.0, 0.0, 0.0)
+"""No latent is favoured."""
 MATRYOSHKA = Levels(
-    order="fixed", shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0), drawn=False, short_power=1.0, stop_gradient=0.0
+    order="fixed",
+    shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0),
+    drawn=False,
+    short_power=1.0,
+    favour=ALIKE,
+    stop_gradient=0.0,
 )
 PARTS: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty()}
 
@@ -58,12 +66,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "ortsae": {"penalty": Penalty(kind="ortsae", weight=0.1, every=1)},
     "omega": PARTS,
     "matryoshka": {"levels": MATRYOSHKA},
-    "prefixes": {"importance": Importance(decay=0.95, norm="l2"), "levels": Levels(stop_gradient=0.0, short_power=1.0)},
+    "prefixes": {
+        "importance": Importance(decay=0.95, norm="l2"),
+        "levels": Levels(stop_gradient=0.0, short_power=1.0, favour=ALIKE),
+    },
+    "favour": {"importance": Importance(), "levels": Levels(shares=(1.0,))},
+    "favour_matryoshka": {"importance": Importance(), "levels": replace(MATRYOSHKA, favour=Levels().favour)},
+    "unfavoured": PARTS | {"levels": Levels(favour=ALIKE)},
     "levels": {"importance": Importance(), "levels": Levels()},
     "fipo": PARTS | {"levels": Levels()},
 }
 """What each differs in from BatchTopK. `prefixes` are Nabeshima's (2024): drawn, of latents sorted by an EMA of their
-squared norms; there each is drawn by itself, here one draw moves all. `sparsity` is λ_s, chosen for an L0 near 6 on the
+squared norms; there each is drawn by itself, here one draw moves all. `favour` alone, with Matryoshka, and ours without
+it. `sparsity` is λ_s, chosen for an L0 near 6 on the
 model of 1,024 features."""
 
 SHOWN = ("mcc", "f1", "precision", "recall", "explained_variance", "absorption", "composition", "uniqueness")

@@ -29,12 +29,15 @@ class Activation(nn.Module):
 
     sparse = False
     """Are codes few by construction, so that pairs had better be used than matrices? Then `forward` gives them."""
+    contested = False
+    """Do all latents vie for one budget, so that some may be favoured (fipo.favour)? Then `forward` and `observe` take
+    `favour_F`."""
 
     def sparsity(self, pre_BF: Tensor, codes_BF: Tensor, dec_FD: Tensor) -> Tensor:
         """L_sparsity of a batch; 0 where the activation itself sets the budget."""
         return torch.zeros((), device=codes_BF.device)
 
-    def observe(self, codes: Codes | Tensor) -> None:
+    def observe(self, codes: Codes | Tensor, favour_F: Tensor | None = None) -> None:
         """Learn from one training batch's codes what inference needs; called by the training step alone."""
 
     def shortage(self) -> Tensor:
@@ -77,36 +80,48 @@ class TopK(Activation):
 
 
 class BatchTopK(Activation):
-    """The k·B largest positive pre-activations of a batch in training; those above `threshold` in evaluation.
+    """The k·B largest positive pre-activations of a batch in training; those above `threshold_F` in evaluation.
 
-    Ties at the boundary are all kept. `threshold` is the bias-corrected EMA of the smallest code that was kept, `mean`
-    that of the mean one; both are moved only by `observe`.
+    With `favour_F` they are compared times favour. Ties at the boundary are all kept. `threshold` is the bias-corrected
+    EMA of the smallest code that was kept, `mean` that of the mean one, both times favour; they, and the last favours,
+    are moved only by `observe`.
     """
 
     sparse = True
+    contested = True
     threshold: Tensor
     mean: Tensor
+    favour_F: Tensor
     _weight: Tensor
 
-    def __init__(self, k: int, decay: float = 0.99) -> None:
+    def __init__(self, latents: int, k: int, decay: float = 0.99) -> None:
         super().__init__()
         self.k = k
         self.decay = decay
         for name in ("threshold", "mean", "_weight"):
             self.register_buffer(name, torch.zeros(()))
+        self.register_buffer("favour_F", torch.ones(latents))
 
-    def forward(self, pre_BF: Tensor, *, as_pairs: bool = False, k: int | None = None) -> Codes | Tensor:
-        """Codes [B, F], or their pairs without a gradient."""
+    @property
+    def threshold_F(self) -> Tensor:
+        """θ, shape [F], in units of the codes."""
+        return self.threshold / self.favour_F
+
+    def forward(
+        self, pre_BF: Tensor, *, as_pairs: bool = False, k: int | None = None, favour_F: Tensor | None = None
+    ) -> Codes | Tensor:
+        """Codes [B, F], or their pairs without a gradient. In training with `favour_F`, `pre_BF` comes times favour."""
         count = min((k or self.k) * pre_BF.shape[0], pre_BF.numel())
         if as_pairs:
             assert self.training, "in evaluation the threshold decides, token by token"
             found = largest_of_batch(pre_BF.detach(), count, 0.95 * self.threshold)  # little can have changed since
-            return pairs(*found, *pre_BF.shape)
-        if self.training:
-            keep_BF = pre_BF >= self._boundary(pre_BF.detach(), count).clamp_min(0)
-        else:
-            keep_BF = pre_BF > self.threshold
-        return torch.where(keep_BF, pre_BF, 0)
+            values_N, token_N, latent_N = found
+            own_N = values_N if favour_F is None else values_N / favour_F[latent_N]
+            return pairs(own_N, token_N, latent_N, *pre_BF.shape)
+        if not self.training:
+            return torch.where(pre_BF > self.threshold_F, pre_BF, 0)
+        codes_BF = torch.where(pre_BF >= self._boundary(pre_BF.detach(), count).clamp_min(0), pre_BF, 0)
+        return codes_BF if favour_F is None else codes_BF / favour_F
 
     def _boundary(self, pre_BF: Tensor, count: int) -> Tensor:
         """The count-th largest value. Values far below the running threshold cannot matter, so they are sorted out
@@ -117,9 +132,12 @@ class BatchTopK(Activation):
         return candidates.topk(count, sorted=False).values.min()
 
     @torch.no_grad()
-    def observe(self, codes: Codes | Tensor) -> None:
-        """Let the inference threshold learn from one training batch's codes."""
-        values = flat(codes).float()
+    def observe(self, codes: Codes | Tensor, favour_F: Tensor | None = None) -> None:
+        """Let the inference threshold learn from one training batch's codes, and the favours they were chosen with."""
+        if favour_F is not None:
+            self.favour_F.copy_(favour_F)
+        favour = self.favour_F[codes.latent_N] if isinstance(codes, Codes) else self.favour_F.repeat(len(codes))
+        values = flat(codes).float() * favour
         kept = values > 0
         least = torch.where(kept, values, math.inf).amin() if len(values) else self.threshold.new_full((), math.inf)
         mean = values.clamp_min(0).sum() / kept.sum().clamp_min(1)
@@ -183,7 +201,7 @@ def threshold_of(activation: Activation) -> Tensor | None:
         case JumpReLU():
             return activation.threshold_F
         case BatchTopK() if not activation.training:
-            return activation.threshold
+            return activation.threshold_F
     return None
 
 
@@ -195,7 +213,7 @@ def build_activation(architecture: str, latents: int, k: int) -> Activation:
         case "topk":
             return TopK(k)
         case "batchtopk":
-            return BatchTopK(k)
+            return BatchTopK(latents, k)
         case "jumprelu":
             return JumpReLU(latents)
     raise AssertionError(architecture)

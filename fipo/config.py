@@ -214,8 +214,8 @@ class RunConfig:
             "null with penalty.estimator unbiased, whose weights hold for all candidates only",
         )
         require(
-            self.levels is None or self.levels.order == "fixed" or self.importance is not None,
-            "levels.order",
-            "importance",
-            "the section importance as well",
+            self.levels is None or not self.levels.by_importance or self.importance is not None,
+            "levels",
+            "by importance",
+            "the section importance as well, or levels.order fixed and levels.favour [0, 0, 0]",
         )

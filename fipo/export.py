@@ -6,7 +6,7 @@ activations, with unit-norm decoder rows. With x = (acts - μ)·c in training:
     W_enc = enc    b_enc = enc_bias / c + dec_bias enc / c    W_dec = dec    b_dec = μ + dec_bias / c
 
 (SAELens encodes acts - b_dec, hence the second summand.) Codes come out in raw units, and thresholds are divided by
-c. `batchtopk` is saved as `jumprelu` with its learned threshold, as SAELens does. Importance and statistics lie in a
+c. `batchtopk` is saved as `jumprelu` with its learned thresholds, as SAELens does. Importance and statistics lie in a
 file beside it, since SAELens refuses unknown tensors. Nothing is ever unpickled.
 """
 
@@ -32,7 +32,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 @torch.no_grad()
 def fold(sae: SAE) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """Architecture name, tensors and architecture fields in SAELens' terms, in raw-activation units."""
-    scale, latents = sae.scale.double(), sae.latents
+    scale = sae.scale.double()
     norm_F = sae.dec_FD.double().norm(dim=1).clamp_min(1e-12)
     enc_DF = sae.enc_FD.double().T * norm_F
     tensors = {
@@ -45,10 +45,7 @@ def fold(sae: SAE) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     match sae.activation:
         case TopK(k=k):
             architecture, fields = "topk", {"k": k, "rescale_acts_by_decoder_norm": True}
-        case BatchTopK(threshold=threshold):
-            architecture = "jumprelu"
-            tensors["threshold"] = threshold.double().expand(latents) * norm_F / scale
-        case JumpReLU(threshold_F=threshold_F):
+        case BatchTopK(threshold_F=threshold_F) | JumpReLU(threshold_F=threshold_F):
             architecture = "jumprelu"
             tensors["threshold"] = threshold_F.double() * norm_F / scale
     return architecture, {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, fields

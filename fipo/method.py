@@ -118,18 +118,21 @@ class Levels:
     drawn: bool = True
     """Draw the cuts anew at each step, each between its share and the next one."""
     rise: float = 0.8
-    """Share of the steps over which the power of the shares rises from `short_power` to 1: latents must first be found,
-    by every level's gradient."""
-    stop_gradient: float = 0.5
+    """Share of the steps over which the power of the shares rises from `short_power` to 1, and that of the favours from
+    their first to a later one: latents must first be found, by every level's gradient."""
+    stop_gradient: float = 0.25
     """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
     held: tuple[float, ...] = (0.6, 0.8)
     """Shares of the steps from which on s rises from 0, and at which it is whole: directions are learned without it."""
     short: tuple[float, ...] = (0.4, 0.5)
-    """Smallest code kept over the mean one (`BatchTopK.shortage`) up to which s and the power are those of the step,
-    and from which they are 0 and `short_power`: where codes as good as those kept are cut off, a level that learns only
+    """Smallest code kept over the mean one (`BatchTopK.shortage`) up to which s and the powers are those of the step,
+    and from which they are 0 and as at first: where codes as good as those kept are cut off, a level that learns only
     what is left wastes its share of the budget, and small levels take codes that it lacks."""
-    short_power: float = 0.5
+    short_power: float = 0.75
     """Power of the shares at first, and where the budget is short: it makes levels larger."""
+    favour: tuple[float, ...] = (-0.2, -0.1, 0.1)
+    """Powers of σ, over its mean, by which codes count where they vie for one budget (batchtopk): at first, and after
+    `rise` where it is short and where it is not. All 0: all count the same."""
     plain: float = 0.0
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
     decoder_only: float = 0.0
@@ -145,8 +148,15 @@ class Levels:
         require(held, "levels.held", self.held, "two shares, such as [0.6, 0.8] or, from the first step on, [0, 0]")
         require(0 <= self.rise <= 1, "levels.rise", self.rise, "a share from 0 to 1")
         require(0 < self.short_power <= 1, "levels.short_power", self.short_power, "a power above 0, at most 1")
+        favour = len(self.favour) == 3 and all(-1 <= power <= 1 for power in self.favour)
+        require(favour, "levels.favour", self.favour, "three powers from -1 to 1; [0, 0, 0] for none")
         require(0 <= self.plain <= 1, "levels.plain", self.plain, "a weight from 0 to 1")
         require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
+
+    @property
+    def by_importance(self) -> bool:
+        """Does anything here read σ?"""
+        return self.order == "importance" or any(self.favour)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

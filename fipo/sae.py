@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fipo.activations import Activation
 from fipo.decoding import decode
-from fipo.sparse import Codes, affine, attach, pairs_of, working
+from fipo.sparse import Codes, affine, attach, pairs_of, working, working_times
 
 _ROWS = 128
 """Decoder rows that stay in the cache of a core."""
@@ -62,15 +62,20 @@ class SAE(nn.Module):
             return torch.addmm(self.enc_bias_F[latents_N], x_BD, self.enc_FD[latents_N].T)
         return torch.addmm(self.enc_bias_F, x_BD, self.enc_FD.T)
 
-    def training_codes(self, x_BD: Tensor, k: int) -> tuple[Tensor | None, Codes | Tensor]:
-        """Pre-activations and codes [B, F] of standardised input, `k` a token where the activation has such a budget;
-        of a sparse activation only the codes, as pairs."""
+    def training_codes(
+        self, x_BD: Tensor, k: int, favour_F: Tensor | None = None
+    ) -> tuple[Tensor | None, Codes | Tensor]:
+        """Pre-activations and codes [B, F] of standardised input, `k` a token where the activation has such a budget,
+        for which codes vie times `favour_F`; of a sparse activation only the codes, as pairs."""
+        vying = {"k": k} if favour_F is None else {"k": k, "favour_F": favour_F}
         if not self.activation.sparse:
             pre_BF = self.pre_codes(x_BD)
-            return pre_BF, self.activation(pre_BF, k=k)
+            return pre_BF, self.activation(pre_BF if favour_F is None else pre_BF * favour_F, **vying)
         with torch.no_grad():
-            x_BD = working(x_BD)
-            codes = self.activation(affine(x_BD, self.enc_FD, self.enc_bias_F), as_pairs=True, k=k)
+            x_BD, encoder = working(x_BD), (self.enc_FD, self.enc_bias_F)
+            if favour_F is not None:
+                encoder = working_times(self.enc_FD, favour_F), self.enc_bias_F * favour_F
+            codes = self.activation(affine(x_BD, *encoder), as_pairs=True, **vying)
         return None, attach(codes, x_BD, self.enc_FD, self.enc_bias_F)
 
     def reconstruct(self, codes: Codes | Tensor) -> Tensor:

@@ -25,6 +25,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+_ROWS = 1024
+"""Rows that stay in a core's cache from one operation to the next."""
+
 
 class Codes(NamedTuple):
     """Non-negative codes [B, F] as pairs, ordered by token; a value may be 0. Made by `pairs`."""
@@ -166,6 +169,16 @@ def working(rows: Tensor) -> Tensor:
     """In the type that matrix products have here: under autocast the lower one."""
     kind = rows.device.type
     return rows.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else rows
+
+
+def working_times(rows_FD: Tensor, factor_F: Tensor) -> Tensor:
+    """Rows times factors, rounded once to the type that matrix products have here."""
+    if rows_FD.device.type != "cpu":
+        return working(rows_FD * factor_F[:, None])
+    scaled_FD = torch.empty_like(rows_FD, dtype=working(rows_FD[:0]).dtype)
+    for scaled_ND, rows_ND, factor_N in zip(*(of.split(_ROWS) for of in (scaled_FD, rows_FD, factor_F)), strict=True):
+        scaled_ND.copy_(rows_ND * factor_N[:, None])
+    return scaled_FD
 
 
 def affine(x_BD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fipo import lsh, objective
+from fipo.favour import favours
 from fipo.importance import several_ranks
 from fipo.levels import cuts, latent_levels, ranks, spare_share
 from fipo.method import Penalty
@@ -148,9 +149,10 @@ def compute(state: TrainState, plan: Plan, numbers: Numbers, acts_BD: Tensor, pa
     config, sae = state.config, state.sae
     sae.train()
     x_BD = sae.standardise(acts_BD)
+    favour_F = step_favours(state, numbers)
     with torch.autocast(x_BD.device.type, dtype=torch.bfloat16, enabled=config.optimiser.autocast, cache_enabled=False):
         with torch.set_grad_enabled(not plan.frozen):
-            pre_BF, codes = sae.training_codes(x_BD, plan.k)
+            pre_BF, codes = sae.training_codes(x_BD, plan.k, favour_F)
         terms, residual_BD = loss_terms(state, plan, numbers, x_BD, pre_BF, codes, pairs_P2)
     state.optimizer.zero_grad()
     terms.total.backward()
@@ -159,10 +161,19 @@ def compute(state: TrainState, plan: Plan, numbers: Numbers, acts_BD: Tensor, pa
     with torch.no_grad():
         codes = codes.detach()
         state.importance.commit()
-        sae.activation.observe(codes)
+        sae.activation.observe(codes, favour_F)
         if state.reservoir is not None:
             state.reservoir.offer(x_BD, torch.linalg.vector_norm(residual_BD, dim=1).square(), state.generator)
     return StepReport(terms, x_BD, residual_BD, codes)
+
+
+def step_favours(state: TrainState, numbers: Numbers) -> Tensor | None:
+    """What the latents' codes count for in the contest for the step's budget, [F]; None where all count the same."""
+    levels, activation = state.config.levels, state.sae.activation
+    if levels is None or not any(levels.favour) or not activation.contested:
+        return None
+    spare = spare_share(levels, activation.shortage())
+    return favours(levels.favour, state.importance.values(), numbers.order_share, spare)
 
 
 def loss_terms(

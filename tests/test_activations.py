@@ -67,7 +67,7 @@ def brute_batchtopk(pre_BF: torch.Tensor, k: int) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(5))
 def test_batchtopk_keeps_exactly_the_k_b_largest(seed):
     pre_BF = pre_codes(seed)
-    codes_BF = BatchTopK(2)(pre_BF)
+    codes_BF = BatchTopK(11, 2)(pre_BF)
     assert (codes_BF > 0).sum() == 2 * 7
     assert torch.equal(codes_BF, brute_batchtopk(pre_BF, 2))
 
@@ -76,19 +76,19 @@ def test_batchtopk_keeps_exactly_the_k_b_largest(seed):
 @pytest.mark.parametrize("k", [1, 3, 8, 11, 20])
 def test_running_threshold_never_changes_a_training_code(threshold, k):
     """The shortcut in the search: below, near and above the true boundary."""
-    activation, pre_BF = BatchTopK(k), pre_codes()
+    activation, pre_BF = BatchTopK(11, k), pre_codes()
     activation.threshold.fill_(threshold)
     assert torch.equal(activation(pre_BF), brute_batchtopk(pre_BF, k))
 
 
 def test_batchtopk_keeps_all_ties_and_nothing_negative():
-    codes_BF = BatchTopK(1)(torch.tensor([[1.0, 1.0, 0.5], [1.0, -1.0, -2.0]]))
+    codes_BF = BatchTopK(3, 1)(torch.tensor([[1.0, 1.0, 0.5], [1.0, -1.0, -2.0]]))
     assert torch.equal(codes_BF, torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
-    assert not BatchTopK(2)(-pre_codes().abs()).any()
+    assert not BatchTopK(11, 2)(-pre_codes().abs()).any()
 
 
 def test_batchtopk_threshold_and_mean_are_bias_corrected_emas_of_the_smallest_and_the_mean_code():
-    activation, smallest, means = BatchTopK(2, decay=0.9), [], []
+    activation, smallest, means = BatchTopK(11, 2, decay=0.9), [], []
     for seed in range(6):
         codes_BF = activation(pre_codes(seed))
         smallest.append(codes_BF[codes_BF > 0].min().item())
@@ -102,7 +102,7 @@ def test_batchtopk_threshold_and_mean_are_bias_corrected_emas_of_the_smallest_an
 
 def test_shortage_is_the_smallest_code_over_the_mean_one():
     """Of equal codes it is 1; before any code, and of activations without a budget, 0."""
-    activation = BatchTopK(2)
+    activation = BatchTopK(2, 2)
     assert activation.shortage() == 0 == ReLU().shortage()
     activation.observe(torch.tensor([[0.0, 0.5], [1.5, 0.0]]))
     assert activation.shortage() == pytest.approx(0.5)
@@ -111,14 +111,14 @@ def test_shortage_is_the_smallest_code_over_the_mean_one():
 
 
 def test_batchtopk_constant_boundary_is_the_threshold_from_the_first_step():
-    activation = BatchTopK(2)
+    activation = BatchTopK(2, 2)
     for _ in range(3):
         activation.observe(torch.tensor([[0.0, 0.7], [0.9, 0.0]]))
         assert activation.threshold.item() == pytest.approx(0.7, rel=1e-6)
 
 
 def test_batchtopk_in_evaluation_is_the_threshold_token_by_token():
-    activation = BatchTopK(2).eval()
+    activation = BatchTopK(11, 2).eval()
     activation.threshold.fill_(0.4)
     pre_BF = pre_codes()
     assert torch.equal(activation(pre_BF), pre_BF * (pre_BF > 0.4))
@@ -127,7 +127,7 @@ def test_batchtopk_in_evaluation_is_the_threshold_token_by_token():
 
 @pytest.mark.parametrize("training", [True, False])
 def test_batchtopk_gradient_is_one_on_kept_codes(training):
-    activation = BatchTopK(2).train(training)
+    activation = BatchTopK(11, 2).train(training)
     pre_BF = pre_codes().requires_grad_()
     codes_BF = activation(pre_BF)
     codes_BF.sum().backward()
@@ -204,4 +204,4 @@ def test_the_threshold_says_all(name):
 
 
 def test_codes_that_vie_with_each_other_have_no_threshold():
-    assert threshold_of(TopK(2).eval()) is None and threshold_of(BatchTopK(2).train()) is None
+    assert threshold_of(TopK(2).eval()) is None and threshold_of(BatchTopK(11, 2).train()) is None

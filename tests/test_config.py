@@ -200,7 +200,7 @@ def test_impossible_value_is_named(key, value):
     [
         ({"importance": None}, "lsh"),
         ({"lsh": None}, "penalty"),
-        ({"lsh": None, "penalty": None, "importance": None}, "levels.order"),
+        ({"lsh": None, "penalty": None, "importance": None}, "levels"),
     ],
 )
 def test_a_part_that_needs_another_says_so(off, on):
@@ -221,11 +221,13 @@ def test_ortsae_needs_no_lsh_and_omega_does():
     [
         {"reservoir": fipo.config.Reservoir()},
         {"penalty": fipo.config.Penalty(kind="ortsae")},
-        {"levels": fipo.config.Levels(order="fixed", decoder_only=0.1)},
+        {"levels": fipo.config.Levels(order="fixed", favour=(0.0, 0.0, 0.0), decoder_only=0.1)},
     ],
 )
 def test_nothing_may_move_a_frozen_decoder(part):
-    assert toys.run_config("topk", frozen_decoder=True, levels=fipo.config.Levels(order="fixed", decoder_only=0.0))
+    assert toys.run_config(
+        "topk", frozen_decoder=True, levels=fipo.config.Levels(order="fixed", favour=(0.0, 0.0, 0.0), decoder_only=0.0)
+    )
     with pytest.raises(UserError, match="frozen_decoder is True; expected no reservoir"):
         toys.run_config("topk", frozen_decoder=True, **part)
 

@@ -9,7 +9,7 @@ from fipo.levels import cuts, latent_levels, ranks, spare_share
 from fipo.method import Levels
 from tests import toys
 
-FIXED = Levels(order="fixed", shares=(0.25, 0.5, 1.0), drawn=False, short_power=1.0)
+FIXED = Levels(order="fixed", shares=(0.25, 0.5, 1.0), drawn=False, short_power=1.0, favour=(0.0, 0.0, 0.0))
 SHARES = (0.125, 0.25, 0.5, 1.0)
 
 

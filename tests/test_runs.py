@@ -50,7 +50,12 @@ def test_what_the_runs_switch_on(tmp_path):
     assert six.levels.order == "importance" and len({config.seed for config in configs}) == 1
     assert seven == dataclasses.replace(eight, run="run_7", frozen_decoder=True)
     assert nine.levels == Levels(
-        order="fixed", shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0), drawn=False, short_power=1.0, stop_gradient=0.0
+        order="fixed",
+        shares=(1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0),
+        drawn=False,
+        short_power=1.0,
+        favour=(0.0, 0.0, 0.0),
+        stop_gradient=0.0,
     )
     assert nine == dataclasses.replace(eight, run="run_9", levels=nine.levels)
     assert {config.aux_weight for config in configs[6:]} == {1 / 32}

@@ -73,7 +73,7 @@ def test_of_equal_numbers_the_first_are_found(shape, k):
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 1.2, 1.5, 2.0, 100.0])
 @pytest.mark.parametrize("k", [1, 3, 8, 11, 40, 60])
 def test_running_threshold_never_changes_the_pairs(threshold, k):
-    activation, pre_BF = BatchTopK(k), pre_codes()
+    activation, pre_BF = BatchTopK(LATENTS, k), pre_codes()
     activation.threshold.fill_(threshold)
     assert torch.equal(activation(pre_BF, as_pairs=True).dense(), activation(pre_BF))
 
@@ -138,7 +138,7 @@ def test_the_hook_reads_pairs():
 
 
 def test_the_inference_threshold_learns_from_pairs():
-    one, other = BatchTopK(3), BatchTopK(3)
+    one, other = BatchTopK(LATENTS, 3), BatchTopK(LATENTS, 3)
     for seed in range(3):
         one.observe(one(pre_codes(seed), as_pairs=True))
         other.observe(other(pre_codes(seed)))

@@ -24,6 +24,7 @@ CORE = [
         "sae",
         "decoding",
         "levels",
+        "favour",
         "sparse",
         "search",
         "threads",

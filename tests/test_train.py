@@ -20,10 +20,9 @@ from fipo.state import TrainState
 from fipo.train import loss_terms, numbers_of, plan_of, train_step
 
 REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "saelens.json").read_text(encoding="utf-8"))["losses"]
-MATRYOSHKA = Levels(order="fixed", shares=(0.25, 0.5, 1.0), drawn=False, short_power=1.0, stop_gradient=0.0)
-PLAIN = Levels(
-    order="fixed", shares=(0.25, 1.0), drawn=False, short_power=1.0, stop_gradient=1.0, plain=1.0, decoder_only=0.0
-)
+FIXED = {"order": "fixed", "drawn": False, "short_power": 1.0, "favour": (0.0, 0.0, 0.0)}
+MATRYOSHKA = Levels(**FIXED, shares=(0.25, 0.5, 1.0), stop_gradient=0.0)
+PLAIN = Levels(**FIXED, shares=(0.25, 1.0), stop_gradient=1.0, plain=1.0)
 RUNS = ["run_0", "run_3", "run_6", "jumprelu", "topk"]
 
 
@@ -218,8 +217,8 @@ def test_last_phase_leaves_the_encoder_bitwise_and_trains_the_decoder(architectu
 
 def test_plain_mixes_in_the_unlevelled_reconstruction():
     def reconstruction(plain: float) -> float:
-        levels = Levels(shares=(0.25, 0.5, 1.0), stop_gradient=1.0, plain=plain, decoder_only=0.0)
-        state = toys.fresh(toys.run_config("topk", levels=replace(levels, order="fixed")))
+        levels = replace(MATRYOSHKA, stop_gradient=1.0, plain=plain)
+        state = toys.fresh(toys.run_config("topk", levels=levels))
         return train_step(state, toys.activations(1)[0]).terms.reconstruction.item()
 
     assert reconstruction(0.3) == pytest.approx(0.7 * reconstruction(0.0) + 0.3 * reconstruction(1.0))
