@@ -12,7 +12,7 @@ import pytest
 import toys
 
 import fipo.config
-from fipo.config import Importance, RunConfig, Workload
+from fipo.config import Importance, Levels, RunConfig, Workload
 from fipo.errors import UserError
 from fipo.records import from_dict, to_dict
 
@@ -166,6 +166,8 @@ def test_wrong_type_is_named(key, value):
         ("levels.shares", [0.0, 1.0]),
         ("levels.short_power", 0.0),
         ("levels.short_power", 1.1),
+        ("levels.favour", [0.1, 0.1]),
+        ("levels.favour", [0.0, 0.0, -1.1]),
         ("levels.held", [0.8, 0.6]),
         ("levels.held", [0.6]),
         ("levels.held", [0.6, 1.1]),
@@ -195,12 +197,17 @@ def test_impossible_value_is_named(key, value):
         from_dict(RunConfig, changed(path, value))
 
 
+NO_IMPORTANCE = {"lsh": None, "penalty": None, "importance": None}
+
+
 @pytest.mark.parametrize(
     ("off", "on"),
     [
         ({"importance": None}, "lsh"),
         ({"lsh": None}, "penalty"),
-        ({"lsh": None, "penalty": None, "importance": None}, "levels"),
+        (NO_IMPORTANCE, "levels"),
+        (NO_IMPORTANCE | {"levels": Levels(order="fixed")}, "levels"),
+        (NO_IMPORTANCE | {"levels": Levels(favour=(0.0, 0.0, 0.0))}, "levels"),
     ],
 )
 def test_a_part_that_needs_another_says_so(off, on):

@@ -11,7 +11,7 @@ from fipo.importance import ImportanceEMA
 from fipo.method import Levels
 from fipo.sae import SAE
 from fipo.sparse import working_times
-from fipo.train import numbers_of, step_favours, train_step
+from fipo.train import numbers_of, plan_of, step_favours, train_step
 from tests import toys
 
 BATCH, WIDTH, LATENTS, K = 40, 6, 24, 3
@@ -115,15 +115,20 @@ def test_saved_thresholds_are_those_of_the_latents(tmp_path):
 
 
 def test_a_step_favours_by_its_schedule_and_the_shortage():
-    state = toys.fresh(toys.run_config("run_6", levels=Levels(favour=POWERS)))
+    state = toys.fresh(toys.run_config("run_6", levels=Levels(favour=POWERS, short=(0.0, 1.0))))
     *first, last_BD = toys.activations(4)
     for acts_BD in first:
         train_step(state, acts_BD)
-    found_F, way = step_favours(state, numbers_of(state)), numbers_of(state).order_share
-    spare = min(1.0, max(0.0, (0.5 - state.sae.activation.shortage().item()) / 0.1))
-    assert_close(found_F, favours(POWERS, state.importance.values(), way, spare))
-    train_step(state, last_BD)
-    assert torch.equal(state.sae.activation.favour_F, found_F)
+    sae, way, spare = state.sae, numbers_of(state).order_share, 1 - state.sae.activation.shortage().item()
+    favour_F = favours(POWERS, state.importance.values(), way, spare)
+    assert 0 < way < 1 and 0 < spare < 1
+    assert_close(step_favours(state, numbers_of(state)), favour_F)
+    pre_BF, k = sae.pre_codes(sae.standardise(last_BD)).detach(), plan_of(state, len(last_BD)).k
+    report = train_step(state, last_BD)
+    assert_close(sae.activation.favour_F, favour_F)
+    won_BF = contest(pre_BF * favour_F, k * len(last_BD))
+    assert_close(report.codes.dense(), torch.where(won_BF, pre_BF, 0))
+    assert (won_BF != contest(pre_BF, k * len(last_BD))).any()
 
 
 @pytest.mark.parametrize(
