@@ -116,7 +116,7 @@ class BatchTopK(Activation):
             assert self.training, "in evaluation the threshold decides, token by token"
             found = largest_of_batch(pre_BF.detach(), count, 0.95 * self.threshold)  # little can have changed since
             values_N, token_N, latent_N = found
-            own_N = values_N if favour_F is None else values_N / favour_F[latent_N]
+            own_N = values_N if favour_F is None else values_N / favour_F.index_select(0, latent_N)
             return pairs(own_N, token_N, latent_N, *pre_BF.shape)
         if not self.training:
             return torch.where(pre_BF > self.threshold_F, pre_BF, 0)
