@@ -15,10 +15,7 @@ from torch import Tensor, nn
 
 from fipo.activations import Activation
 from fipo.decoding import decode
-from fipo.sparse import Codes, affine, attach, pairs_of, working, working_times
-
-_ROWS = 128
-"""Decoder rows that stay in the cache of a core."""
+from fipo.sparse import Codes, affine, attach, cached, pairs_of, working, working_times
 
 
 class SAE(nn.Module):
@@ -99,7 +96,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Return every decoder row to unit norm (call after each optimiser step)."""
-        for rows_ND in _cached(self.dec_FD):
+        for rows_ND in cached(self.dec_FD):
             rows_ND /= rows_ND.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
     @torch.no_grad()
@@ -107,10 +104,5 @@ class SAE(nn.Module):
         """Take from the decoder's gradient its part along each row, which the next normalisation would undo."""
         if self.dec_FD.grad is None:
             return
-        for grad_ND, rows_ND in zip(_cached(self.dec_FD.grad), _cached(self.dec_FD), strict=True):
+        for grad_ND, rows_ND in zip(cached(self.dec_FD.grad), cached(self.dec_FD), strict=True):
             grad_ND.addcmul_((grad_ND * rows_ND).sum(dim=1, keepdim=True), rows_ND, value=-1)
-
-
-def _cached(rows_FD: Tensor) -> tuple[Tensor, ...]:
-    """The rows in parts that stay in a core's cache through several operations; a GPU gets them in one."""
-    return rows_FD.split(_ROWS if rows_FD.device.type == "cpu" else rows_FD.shape[0])

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-_ROWS = 1024
-"""Rows that stay in a core's cache from one operation to the next."""
+_ROWS = 128
+"""Rows of a weight that stay in the cache of a core."""
 
 
 class Codes(NamedTuple):
@@ -171,12 +171,15 @@ def working(rows: Tensor) -> Tensor:
     return rows.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else rows
 
 
+def cached(rows_FD: Tensor) -> tuple[Tensor, ...]:
+    """The rows in parts that stay in a core's cache through several operations; a GPU gets them in one."""
+    return rows_FD.split(_ROWS if rows_FD.device.type == "cpu" else rows_FD.shape[0])
+
+
 def working_times(rows_FD: Tensor, factor_F: Tensor) -> Tensor:
     """Rows times factors, rounded once to the type that matrix products have here."""
-    if rows_FD.device.type != "cpu":
-        return working(rows_FD * factor_F[:, None])
     scaled_FD = torch.empty_like(rows_FD, dtype=working(rows_FD[:0]).dtype)
-    for scaled_ND, rows_ND, factor_N in zip(*(of.split(_ROWS) for of in (scaled_FD, rows_FD, factor_F)), strict=True):
+    for scaled_ND, rows_ND, factor_N in zip(*map(cached, (scaled_FD, rows_FD, factor_F)), strict=True):
         scaled_ND.copy_(rows_ND * factor_N[:, None])
     return scaled_FD
 
