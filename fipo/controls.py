@@ -9,9 +9,11 @@ so the margin over `random` is the number that matters. Shapes: N texts, B token
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fipo.activations import JumpReLU
 from fipo.sae import SAE
@@ -37,6 +39,19 @@ def random_sae(latents: int, l0: float, sample_BD: Tensor, generator: torch.Gene
     threshold = pre_BF.flatten().topk(min(wanted + 1, pre_BF.numel()), sorted=False).values.min().clamp_min(1e-12)
     control.activation.log_threshold_F.fill_(threshold.log().item())
     return control.eval()
+
+
+@torch.no_grad()
+def random_codes(control: SAE) -> Callable[[Tensor], Tensor]:
+    """Model activations [B, D] -> codes [B, F] of a `random_sae`, its products in bfloat16: directions drawn at random
+    need no exact arithmetic, and one threshold for all takes one pass over the codes."""
+    threshold = control.activation.threshold_F.max().item()
+
+    def codes(acts_BD: Tensor) -> Tensor:
+        with torch.autocast(acts_BD.device.type, dtype=torch.bfloat16):
+            return functional.threshold(control.pre_codes(control.standardise(acts_BD)), threshold, 0.0)
+
+    return codes
 
 
 def nearby_l0(l0: float) -> float:

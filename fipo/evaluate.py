@@ -226,20 +226,18 @@ def _feature_maps(
         )
         _warn_of_scale(name, found["scale"])
         l0 = controls.nearby_l0(found["l0"])
-        control = functools.cache(functools.partial(_random_control, sae.latents, l0, sample, layer, seed))
+        control = functools.partial(_random_control, sae.latents, l0, sample, layer, seed)
         codes = screened(sae, found["l0"]) if dtype == torch.float32 else functools.partial(encode_in, sae, dtype=dtype)
         maps["sae", name] = FeatureMap(layer, sae.latents, codes, ("sae", key), keep=keep)
-        codes = functools.partial(_random_codes, control)
+        codes = functools.partial(_made_when_needed, functools.cache(control))
         maps["random", name] = FeatureMap(
             layer, sae.latents, codes, ("random, bfloat16", sae.latents, l0, seed, sampled)
         )
     return maps
 
 
-def _random_codes(control: Callable[[], SAE], acts_BD: Tensor) -> Tensor:
-    """Directions drawn at random need no exact arithmetic: under autocast they cost less than half."""
-    with torch.autocast(acts_BD.device.type, dtype=torch.bfloat16):
-        return control().encode(acts_BD)
+def _made_when_needed(make: Callable[[], Callable[[Tensor], Tensor]], acts_BD: Tensor) -> Tensor:
+    return make()(acts_BD)
 
 
 @torch.no_grad()
@@ -250,9 +248,12 @@ def _measure(sae: SAE, sample: Callable[[], dict[int, Tensor]], layer: int) -> d
     return {"l0": l0, "scale": controls.code_scale(sae, sample_BD)}
 
 
-def _random_control(latents: int, l0: float, sample: Callable[[], dict[int, Tensor]], layer: int, seed: int) -> SAE:
-    """The random SAE of a layer; made only when it is needed, since it takes a few texts through the model."""
-    return controls.random_sae(latents, l0, sample()[layer], generator_for(seed, "random control", layer))
+def _random_control(
+    latents: int, l0: float, sample: Callable[[], dict[int, Tensor]], layer: int, seed: int
+) -> Callable[[Tensor], Tensor]:
+    """Codes of a layer's random SAE. Making it takes a few texts through the model."""
+    generator = generator_for(seed, "random control", layer)
+    return controls.random_codes(controls.random_sae(latents, l0, sample()[layer], generator))
 
 
 def _sample(data: list[LabelledText], stores: dict[str, ActivationStore], lm: LanguageModel) -> dict[int, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from toys import seeded
 
 from fipo.activations import ReLU
-from fipo.controls import code_scale, nearby_l0, principal_components, random_sae
+from fipo.controls import code_scale, nearby_l0, principal_components, random_codes, random_sae
 from fipo.sae import SAE
 
 
@@ -43,6 +43,20 @@ def test_random_sae_has_the_size_and_l0_asked_for(l0):
     assert control.latents == 64 and not control.training
     assert (control.encode(sample_BD) > 0).sum().item() / 400 == pytest.approx(l0, abs=1 / 400)
     assert torch.allclose(control.enc_FD, control.dec_FD) and torch.allclose(control.mean_D, sample_BD.mean(0))
+
+
+def test_random_codes_are_those_of_autocast():
+    control, sample_BD = random_sae(64, 5.0, sample(), seeded(3)), sample(seed=4)
+
+    def expected():
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            return control.encode(sample_BD)
+
+    least = expected()[expected() > 0].min().float()
+    for threshold in (least * 0.9999, least, least * 1.0001):  # on either side of a code, and at it
+        control.activation.log_threshold_F.data.fill_(threshold.log())
+        with torch.no_grad():
+            assert random_codes(control)(sample_BD).equal(expected())
 
 
 def test_random_sae_knows_nothing_of_the_trained_one():
