@@ -292,7 +292,7 @@ class Training(Target):
 
     def read(self, folder: Path) -> Any:
         """All texts."""
-        source = Text(source=str(folder / "text.jsonl"), tokens=1, held_out_tokens=1, packed=False)
+        source = Text(source=str(folder / "text.jsonl"), tokens=1, held_out_tokens=2, packed=False)
         return list(open_text(source).texts())
 
     def right(self, _folder: Path, value: Any) -> bool:

@@ -92,7 +92,7 @@ def config_of(method: dict[str, Any], latents: int, k: int, steps: int, rate: fl
         name="synthetic",
         model="none",
         layers=(0,),
-        text=Text(source="none", tokens=1, held_out_tokens=1, packed=True),
+        text=Text(source="none", tokens=1, held_out_tokens=2, packed=True),
         probing=Probing(datasets=("none",), ks=(1,)),
         latents=latents,
         k=k,

@@ -54,7 +54,7 @@ def fresh_state(architecture: str, shape: Shape, sparse: bool, device: str) -> T
         name="benchmark",
         model="none",
         layers=(0,),
-        text=Text(source="none", tokens=1, held_out_tokens=1, packed=True, buffer_tokens=batch),
+        text=Text(source="none", tokens=1, held_out_tokens=2, packed=True, buffer_tokens=batch),
         probing=Probing(datasets=("none",), ks=(1,)),
         latents=latents,
         k=k,

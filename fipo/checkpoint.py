@@ -106,6 +106,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read what `save_tensors` wrote; a damaged file is a `UserError` that names it."""
     try:
         return safetensors.torch.load_file(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is damaged or not a safetensors file: {error}; delete it and start again") from error
 

@@ -10,6 +10,11 @@ from pathlib import Path
 
 from fipo.errors import EXIT_CODE, UserError
 
+SAEBENCH_ONLY = {
+    **{"train": "train_per_class", "test": "test_per_class"},
+    **{name: name for name in ("repeats", "rng", "pooling")},
+}
+"""Options of the suite saebench alone, and what they set in `fipo.config.Probing`."""
 DEFAULT_KS = {"saebench": "1,2,5,10,20,50", "sae-probes": "1,2,5"}
 
 
@@ -37,12 +42,12 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
     add("--suite", choices=("saebench", "sae-probes"), default="saebench", help="protocol (default %(default)s)")
     add("--datasets", nargs="+", default=[], metavar="NAME_OR_FOLDER", help="labelled text, see README")
     add("--k", help="numbers of latents, by commas (default 1,2,5,10,20,50; sae-probes 1,2,5)")
-    add("--train", type=int, default=2000, help="training texts a class (default %(default)s)")
-    add("--test", type=int, default=500, help="test texts a class (default %(default)s)")
-    add("--repeats", type=int, default=1, help="draws of splits and negatives (default %(default)s)")
+    add("--train", type=int, help="training texts a class (default 2000)")
+    add("--test", type=int, help="test texts a class (default 500)")
+    add("--repeats", type=int, help="draws of splits and negatives (default 1)")
     add("--seed", type=int, default=42, help="of texts, negatives and controls (default %(default)s)")
-    add("--rng", choices=("fipo", "saebench"), default="fipo", help="saebench replays SAEBench's random numbers")
-    add("--pooling", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is SAEBench's for such models")
+    add("--rng", choices=("fipo", "saebench"), help="saebench replays SAEBench's random numbers (default fipo)")
+    add("--pooling", choices=("float32", "bfloat16"), help="bfloat16 is SAEBench's for such models (default float32)")
     add("--out", type=Path, help="folder for a result file an SAE")
     add("--model", help="the language model, where the SAE does not name it")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="format in which the model runs")
@@ -56,9 +61,18 @@ def _probe(given: argparse.Namespace) -> None:
         ks = tuple(int(k) for k in (given.k or DEFAULT_KS[given.suite]).split(","))
     except ValueError as error:
         raise UserError(f"--k is {given.k!r}; expected whole numbers by commas, as in 1,2,5") from error
+    if min(ks) < 1 or len(set(ks)) < len(ks):
+        raise UserError(f"--k is {given.k}; expected positive numbers of latents, each once")
+    if not 0 <= given.seed < 2**63:
+        raise UserError(f"--seed is {given.seed}; expected zero or more, of at most 64 bits")
+    if given.context is not None and given.context < 3:
+        raise UserError(f"--context is {given.context}; expected more than 2 tokens")
+    own = {name: getattr(given, name) for name in SAEBENCH_ONLY if getattr(given, name) is not None}
     if given.suite == "sae-probes":
         from fipo import suite_job
 
+        if own:
+            raise UserError(f"--{next(iter(own))} means nothing to --suite sae-probes, which fixes it; leave it out")
         suite_job.run(given.folders, given.datasets, ks, given.seed, given.out, **chosen)
         return
     if not given.datasets:
@@ -68,12 +82,8 @@ def _probe(given: argparse.Namespace) -> None:
 
     probing = Probing(
         datasets=tuple(given.datasets),
-        train_per_class=given.train,
-        test_per_class=given.test,
         ks=ks,
-        repeats=given.repeats,
-        rng=given.rng,
-        pooling=given.pooling,
+        **{SAEBENCH_ONLY[name]: value for name, value in own.items()},
     )
     probe_job.run(given.folders, probing, given.seed, given.out, **chosen)
 

@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
-from fipo.files import read_json
 from fipo.names import SPARSITY, additions, flat
 from fipo.pareto import Point
-from fipo.probe_job import OUTCOMES_SUFFIX, RESULT_SUFFIX
 from fipo.randomness import generator_for
 from fipo.report import FINAL, OUTCOMES
-from fipo.results import read_result
+from fipo.results import OUTCOMES_SUFFIX, RESULT_SUFFIX, SUITE_RESULT_SUFFIX, read_probe_result, read_result
 from fipo.saebench import overall_metrics
 from fipo.uncertainty import Answers, Interval, bootstrap
 from fipo.yamlfile import read_yaml
@@ -60,6 +60,7 @@ class Result(NamedTuple):
 def report(folders: Sequence[Path]) -> str:
     """The table of all runs in `folders`, the differences between them, and where the numbers come from."""
     results = _by_sparsity(_by_config([result for folder in folders for result in read_results(folder)]))
+    _refuse_twins(results)
     seeds: dict[str, set[int]] = {}
     for result in results:
         seeds.setdefault(result.run, set()).add(result.seed)
@@ -89,23 +90,40 @@ def read_results(folder: Path) -> list[Result]:
         ]
     found = []
     for file in sorted(folder.glob(f"*{RESULT_SUFFIX}")):
-        record, beside = read_json(file), file.name.removesuffix(RESULT_SUFFIX) + OUTCOMES_SUFFIX
-        try:
-            sae = record["sae"]
-            run, seed, layer = str(sae["run"] or sae["name"]), int(sae["seed"] or 0), int(sae["layer"])
-            overall_metrics(record)
-            found.append(
-                Result(run, "", seed, layer, {"workload": "-", **record}, folder / beside, _origin(record), {})
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{file} is no result of `fipo probe`: {error!r}; make it again") from error
+        record, beside = read_probe_result(file), file.name.removesuffix(RESULT_SUFFIX) + OUTCOMES_SUFFIX
+        sae = record["sae"]
+        run, seed = sae.get("run") or sae["name"], sae.get("seed") or 0
+        record = {**record, "workload": "-"}
+        found.append(Result(run, "", seed, sae["layer"], record, folder / beside, _origin(record), {}))
+    if not found and any(folder.glob(f"*{SUITE_RESULT_SUFFIX}")):
+        raise UserError(f"{folder} holds results of the suite sae-probes, which `fipo compare` does not read")
     if not found:
         raise UserError(f"{folder} holds no {FINAL} and no *{RESULT_SUFFIX}: finish the run, or leave it out")
     return found
 
 
+def _refuse_twins(results: Sequence[Result]) -> None:
+    """What is given twice is no second seed."""
+    given: dict[tuple[Any, ...], Path] = {}
+    for result in results:
+        which = (result.run, result.setting, *_suite(result), result.seed, result.layer)
+        if which in given:
+            raise UserError(
+                f"{result.run}, seed {result.seed}, layer {result.layer}, is given twice: beside {given[which]} and "
+                f"{result.outcomes}; leave one out"
+            )
+        given[which] = result.outcomes
+
+
+def _suite(result: Result) -> tuple[str, tuple[str, ...]]:
+    """On what it was scored: workload and datasets."""
+    return result.record["workload"], tuple(result.record["eval_config"]["dataset_names"])
+
+
 def pareto_points(folders: Sequence[Path]) -> list[Point]:
     """Explained variance against top-1 of every run; what lacks one of them, as a `fipo probe` result, is left out."""
+    results = _by_config([result for folder in folders for result in read_results(folder)])
+    _refuse_twins(results)
     return [
         Point(
             f"top-1 of sparse probing, {result.record['workload']}, layer {result.layer}",
@@ -114,7 +132,7 @@ def pareto_points(folders: Sequence[Path]) -> list[Point]:
             1 - result.record["held_out_fvu"],
             overall_metrics(result.record)["sae_top_1_test_accuracy"],
         )
-        for result in _by_config([result for folder in folders for result in read_results(folder)])
+        for result in results
         if "held_out_fvu" in result.record and overall_metrics(result.record)["sae_top_1_test_accuracy"] is not None
     ]
 
@@ -166,14 +184,16 @@ def differences(results: Sequence[Result]) -> list[str]:
     for other in others:
         for layer in sorted({result.layer for result in results}):
             rows = {k: _paired(results, base, other, layer, k) for k in COMPARED_KS}
-            for place, name in enumerate(rows[COMPARED_KS[0]]):
+            names = dict.fromkeys(name for k in COMPARED_KS for name in rows[k])
+            for place, name in enumerate(names):
                 if place == 0 or len(others) == 1:
                     cells = " | ".join(_shown(rows[k].get(name)) for k in COMPARED_KS)
                     lines.append(f"| {other} - {base} | {layer} | {name} | {cells} |")
         by_k = {k: _by_training(results, base, other, k) for k in COMPARED_KS}
-        if len(by_k[COMPARED_KS[0]]) > 1:
+        trainings = max(map(len, by_k.values()))
+        if trainings > 1:
             cells = " | ".join(_over_trainings(by_k[k]) for k in COMPARED_KS)
-            lines.append(f"| {other} - {base} | all | all, over {len(by_k[COMPARED_KS[0]])} trainings | {cells} |")
+            lines.append(f"| {other} - {base} | all | all, over {trainings} trainings | {cells} |")
     if not lines:
         return []
     heads = " | ".join(f"SAE top-{k}" for k in COMPARED_KS)
@@ -183,15 +203,18 @@ def differences(results: Sequence[Result]) -> list[str]:
 def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int) -> dict[str, Interval]:
     """`all` and every dataset -> difference of accuracies over the seeds that both runs have."""
     found: dict[str, list[Answers]] = {}
-    by_seed = {(result.run, result.seed): result for result in results if result.layer == layer}
-    for (run, seed), result in by_seed.items():
-        partner = by_seed.get((base, seed))
+    by_seed = {(r.run, r.record["workload"], r.seed): r for r in results if r.layer == layer}
+    for (run, *which), result in by_seed.items():
+        partner = by_seed.get((base, *which))
         if run != other or partner is None or not (result.outcomes.is_file() and partner.outcomes.is_file()):
             continue
         ours, theirs = load_tensors(result.outcomes), load_tensors(partner.outcomes)
         for name in [key.removesuffix("/rows_TM") for key in ours if key.endswith("/rows_TM")]:
             key = f"{name}/sae_top_{k}/right_TM"
-            if key in ours and key in theirs and ours[f"{name}/rows_TM"].equal(theirs[f"{name}/rows_TM"]):
+            same = f"{name}/rows_TM" in theirs and ours[f"{name}/rows_TM"].equal(theirs[f"{name}/rows_TM"])
+            if same and key in ours and key in theirs:
+                _check_answers(result.outcomes, ours, name, key)
+                _check_answers(partner.outcomes, theirs, name, key)
                 values_TM = ours[key].double() - theirs[key].double()
                 found.setdefault(name, []).append(Answers(values_TM, ours[f"{name}/rows_TM"].long()))
     if not found:
@@ -203,9 +226,15 @@ def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int
     return {"all": bootstrap(everything, generator_for(0, "bootstrap", layer, k))[1], **intervals}
 
 
+def _check_answers(file: Path, tensors: dict[str, Tensor], name: str, key: str) -> None:
+    if tensors[key].shape != tensors[f"{name}/rows_TM"].shape:
+        raise UserError(f"{file} is damaged: {key} has {tuple(tensors[key].shape)} answers; make it again")
+
+
 def _by_training(results: Sequence[Result], base: str, other: str, k: int) -> list[float]:
-    """Difference of the suites' accuracies for every seed and layer that both runs have."""
-    scores = {(r.run, r.seed, r.layer): overall_metrics(r.record)[f"sae_top_{k}_test_accuracy"] for r in results}
+    """Difference of the suites' accuracies for every seed and layer that both runs have on the same datasets."""
+    metric = f"sae_top_{k}_test_accuracy"
+    scores = {(r.run, *_suite(r), r.seed, r.layer): overall_metrics(r.record)[metric] for r in results}
     pairs = [(score, scores.get((base, *which))) for (run, *which), score in scores.items() if run == other]
     return [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
 

@@ -38,7 +38,9 @@ class Text:
     def __post_init__(self) -> None:
         require(bool(self.source), "text.source", self.source, "a dataset id, a path or a built-in source")
         require(self.tokens > 0, "text.tokens", self.tokens, "a positive number of tokens")
-        require(self.held_out_tokens > 0, "text.held_out_tokens", self.held_out_tokens, "a positive number of tokens")
+        require(
+            self.held_out_tokens > 1, "text.held_out_tokens", self.held_out_tokens, "at least 2 tokens, which can vary"
+        )
         require(self.buffer_tokens > 0, "text.buffer_tokens", self.buffer_tokens, "a positive number of tokens")
 
 
@@ -66,7 +68,8 @@ class Probing:
 
     def __post_init__(self) -> None:
         require(len(self.datasets) > 0, "probing.datasets", self.datasets, "at least one dataset")
-        require(len(self.ks) > 0 and min(self.ks) > 0, "probing.ks", self.ks, "positive numbers of latents")
+        ks = len(self.ks) > 0 and min(self.ks) > 0 and len(set(self.ks)) == len(self.ks)
+        require(ks, "probing.ks", self.ks, "positive numbers of latents, each once")
         require(self.train_per_class > 1, "probing.train_per_class", self.train_per_class, "at least 2 texts")
         require(self.test_per_class > 1, "probing.test_per_class", self.test_per_class, "at least 2 texts")
         require(self.repeats > 0, "probing.repeats", self.repeats, "at least one draw")

@@ -4,8 +4,9 @@ Shapes: N texts, B tokens, T tasks (classes) of a dataset, M rows of a task, D m
 """
 
 import functools
+import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from fipo.data.prepare import probe_chunks, probe_key, probe_store
 from fipo.data.store import ActivationStore
 from fipo.errors import UserError
 from fipo.export import load_sae
-from fipo.files import sha256_file
+from fipo.files import read_json, sha256_file, sha256_json
 from fipo.pooling import FeatureMap, encode_in, numbers_or_read, pool_or_read
 from fipo.probing import Tasks, full_accuracies, one_vs_rest, sparse_answers
 from fipo.progress import progress
@@ -40,7 +41,7 @@ class Subject(NamedTuple):
     layer: int
     sae: SAE
     key: str
-    """Names its weights."""
+    """Names all that its codes depend on."""
 
 
 class Scores(NamedTuple):
@@ -69,7 +70,9 @@ class DatasetScores(NamedTuple):
 
 def load_subject(folder: Path, layer: int) -> Subject:
     """The SAE saved in `folder`."""
-    return Subject(layer, load_sae(folder), sha256_file(folder / "sae_weights.safetensors"))
+    sae, config = load_sae(folder), read_json(folder / "cfg.json")
+    meant = {name: value for name, value in config.items() if name not in ("metadata", "device")}
+    return Subject(layer, sae, sha256_json([meant, sha256_file(folder / "sae_weights.safetensors")]))
 
 
 def probe(
@@ -88,7 +91,7 @@ def probe(
     token activations that are to be kept are on disk.
     """
     for name, subject in subjects.items():
-        _check_fits(name, subject, lm, probing)
+        check_fits(name, subject, lm, probing.ks)
     stores: dict[str, ActivationStore] = {}
     if probing.cached:
         with progress("probe text", sum(len(one.texts) for one in data), "texts") as advance:
@@ -222,7 +225,7 @@ def _feature_maps(
         maps["llm", layer] = FeatureMap(layer, lm.width, lambda acts_BD: acts_BD, ("llm",), channels=True)
     for name, (layer, sae, key) in subjects.items():
         found = numbers_or_read(
-            ["measures", layer, key, sampled], functools.partial(_measure, sae.to(lm.device), sample, layer)
+            ["measures", layer, key, sampled], functools.partial(_measure, name, sae.to(lm.device), sample, layer)
         )
         _warn_of_scale(name, found["scale"])
         l0 = controls.nearby_l0(found["l0"])
@@ -241,11 +244,14 @@ def _made_when_needed(make: Callable[[], Callable[[Tensor], Tensor]], acts_BD: T
 
 
 @torch.no_grad()
-def _measure(sae: SAE, sample: Callable[[], dict[int, Tensor]], layer: int) -> dict[str, float]:
+def _measure(name: str, sae: SAE, sample: Callable[[], dict[int, Tensor]], layer: int) -> dict[str, float]:
     """L0 and scale of an SAE's codes on the sample."""
     sample_BD = sample()[layer]
     l0 = (sae.encode(sample_BD) > 0).sum().item() / sample_BD.shape[0]
-    return {"l0": l0, "scale": controls.code_scale(sae, sample_BD)}
+    scale = controls.code_scale(sae, sample_BD)
+    if not math.isfinite(scale):
+        raise UserError(f"the codes of SAE {name} are not finite numbers: its weights are far too large")
+    return {"l0": l0, "scale": scale}
 
 
 def _random_control(
@@ -264,20 +270,22 @@ def _sample(data: list[LabelledText], stores: dict[str, ActivationStore], lm: La
         acts_BLD = torch.cat([store.read(at, min(32, store.tokens - at)) for store, at in places])
     else:
         texts = [text for one in data for text in one.texts[:: -(-len(one.texts) // each)]]
-        acts_BLD = torch.cat([chunk.acts_NLD for chunk in probe_chunks(texts, lm)])
+        chunks = [chunk.acts_NLD for chunk in probe_chunks(texts, lm)]
+        if not chunks:
+            raise UserError(f"none of {len(texts)} probing texts has a content token; remove those that have none")
+        acts_BLD = torch.cat(chunks)
     return {layer: acts_BLD[:, place].float().to(lm.device) for place, layer in enumerate(lm.layers)}
 
 
-def _check_fits(name: str, subject: Subject, lm: LanguageModel, probing: Probing) -> None:
+def check_fits(name: str, subject: Subject, lm: LanguageModel, ks: Sequence[int]) -> None:
+    """The SAE reads activations of this model's width and has at least as many latents as a probe may use."""
     if subject.sae.d_in != lm.width:
         raise UserError(
             f"SAE {name} takes activations of width {subject.sae.d_in}, and layer {subject.layer} of {lm.name} has "
             f"{lm.width}: it was trained on another model; name its model"
         )
-    if max(probing.ks) > subject.sae.latents:
-        raise UserError(
-            f"k = {max(probing.ks)} is more than the {subject.sae.latents} latents of SAE {name}; lower --k"
-        )
+    if max(ks) > subject.sae.latents:
+        raise UserError(f"k = {max(ks)} is more than the {subject.sae.latents} latents of SAE {name}; lower --k")
 
 
 def _warn_of_scale(name: str, scale: float) -> None:

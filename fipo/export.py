@@ -25,6 +25,8 @@ from fipo.sae import SAE
 SAELENS_VERSION = "6.54.12"
 """The version of SAELens whose format this is; without it in the file SAELens reads an older format."""
 
+READ = ("standard", "topk", "jumprelu")
+"""Architectures of saved SAEs. SAELens saves a batchtopk as jumprelu."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes in which weights may be saved."""
 
@@ -52,9 +54,10 @@ def fold(sae: SAE) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
 
 
 def save_sae(
-    folder: Path, sae: SAE, *, model: str, layer: int, context: int, dataset: str, beside: dict[str, Tensor]
+    folder: Path | str, sae: SAE, *, model: str, layer: int, context: int, dataset: str, beside: dict[str, Tensor]
 ) -> dict[str, Any]:
     """Write the SAE and, in `fipo_statistics.safetensors`, the tensors `beside`; returns the content of cfg.json."""
+    folder = Path(folder)
     architecture, tensors, fields = fold(sae)
     config = {
         "d_in": sae.d_in,
@@ -89,12 +92,15 @@ def save_sae(
     return config
 
 
-def load_sae(folder: Path) -> SAE:
+def load_sae(folder: Path | str) -> SAE:
     """An SAE in SAELens' format as ours: raw activations in, raw activations out; in evaluation mode."""
+    folder = Path(folder)
     config, tensors = read_json(folder / "cfg.json"), load_tensors(folder / "sae_weights.safetensors")
     if not isinstance(config, dict):
         raise UserError(f"{folder}/cfg.json holds no mapping; expected an SAE in SAELens' format")
     architecture = _field(folder, config, "architecture", str)
+    if architecture not in READ:
+        raise UserError(f"{folder}/cfg.json: architecture is {architecture[:100]}; expected one of {', '.join(READ)}")
     width, latents = _field(folder, config, "d_in", int), _field(folder, config, "d_sae", int)
     shapes = {"W_enc": (width, latents), "b_enc": (latents,), "W_dec": (latents, width), "b_dec": (width,)}
     shapes |= {"threshold": (latents,)} if architecture == "jumprelu" else {}
@@ -154,4 +160,4 @@ def _activation(folder: Path, architecture: str, config: dict[str, Any], weights
             activation = JumpReLU(latents)
             activation.log_threshold_F.data.copy_(weights["threshold"].clamp_min(1e-30).log())
             return activation
-    raise UserError(f"architecture {architecture[:100]} is not one of standard, topk, jumprelu")
+    raise AssertionError(architecture)

@@ -38,7 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -104,6 +105,23 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
         f"cannot write {path}: {error.strerror or error}; free space or choose another folder, "
         "then give the same command again"
     )
+
+
+@contextlib.contextmanager
+def writable(folder: Path, option: str) -> Iterator[None]:
+    """Make the folder and see that it can be written; when the work fails before it wrote anything, take it away.
+    `option` is where the user named it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another {option}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,10 +4,8 @@ A finished folder is left alone, an unfinished one goes on from its last checkpo
 not at all, and `final_info.json` last. One process at a time works in a folder.
 """
 
-import contextlib
 import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,14 @@ import torch
 from fipo import report, runs
 from fipo.checkpoint import save_tensors
 from fipo.config import RunConfig
-from fipo.data.labelled import load_labelled
+from fipo.data.labelled import load_all
 from fipo.data.lm import LanguageModel
 from fipo.data.prepare import training_activations
 from fipo.data.store import ActivationStore, cache_root
 from fipo.errors import UserError
 from fipo.evaluate import load_subject, probe
 from fipo.export import save_sae
-from fipo.files import remove, remove_temporaries, write_json
+from fipo.files import remove, remove_temporaries, writable, write_json
 from fipo.lock import locked
 from fipo.log import read_log
 from fipo.loop import CHECKPOINTS, LOG, train_all
@@ -60,7 +58,12 @@ def run(out_dir: Path, experiments: Path) -> None:
     keep_freed()
     phases = Phases()
     config = runs.resolve(out_dir, experiments)
-    with StopSignals() as stop, writable(out_dir), locked(out_dir / LOCK), enough_memory("a run", TO_LOWER):
+    with (
+        StopSignals() as stop,
+        writable(out_dir, "--out_dir"),
+        locked(out_dir / LOCK),
+        enough_memory("a run", TO_LOWER),
+    ):
         refuse_finished(out_dir)
         remove_temporaries(out_dir)
         remove_temporaries(cache_root() / "pooled", of_the_dead=True)
@@ -74,7 +77,7 @@ def run(out_dir: Path, experiments: Path) -> None:
             weights_sha256=workload.weights_sha256,
             device=device,
         )
-        probed = [load_labelled(name, workload.probing, config.seed) for name in workload.probing.datasets]
+        probed = load_all(workload.probing, config.seed)
         phases.end("set_up")
         held_out, source = training_activations(workload.text, lm)
         phases.end("harvest")
@@ -111,22 +114,6 @@ def tidy_finished(out_dir: Path) -> None:
         with locked(out_dir / LOCK):
             remove(out_dir / CHECKPOINTS)
             remove_temporaries(out_dir)
-
-
-@contextlib.contextmanager
-def writable(folder: Path) -> Iterator[None]:
-    """Make the folder and see that it can be written; when the work fails before it wrote anything, take it away."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --out_dir") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def export(config: RunConfig, layer: int, state: TrainState, out_dir: Path) -> dict[str, Any]:

@@ -71,7 +71,10 @@ def trim_log(path: Path, step: int) -> int:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    lines = path.read_bytes().decode("utf-8", "replace").split("\n") if path.exists() else []
+    try:
+        lines = path.read_bytes().decode("utf-8", "replace").split("\n") if path.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     return [line + "\n" for line in itertools.takewhile(_is_whole, lines[:-1])]
 
 

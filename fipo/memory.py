@@ -19,7 +19,8 @@ def enough_memory(phase: str, to_lower: str) -> Iterator[None]:
         yield
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
         # On the processor torch has no exception of its own for this.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        told = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not told and not any(words in str(error) for words in ("can't allocate memory", "calculation overflowed")):
             raise
         said = str(error).partition("If reserved")[0] or "no memory is left"
         raise UserError(f"out of memory in {phase}: {said.strip()}; lower {to_lower}") from error

@@ -71,6 +71,10 @@ class LSH:
         require(self.tables > 0, "lsh.tables", self.tables, "a positive number of tables")
         require(self.bits is None or 0 <= self.bits <= 24, "lsh.bits", self.bits, "0 to 24 bits, or null")
         require(self.capacity > 1, "lsh.capacity", self.capacity, "room for at least one pair")
+        places = self.capacity << (self.bits or 0)
+        require(
+            places <= 2**24, "lsh.bits", self.bits, f"at most 2^24 places in the queues of {self.capacity}, or null"
+        )
         require(0 <= self.min_cosine < 1, "lsh.min_cosine", self.min_cosine, "a cosine from 0 to below 1")
         require(self.partners is None or self.partners > 0, "lsh.partners", self.partners, "a positive number or null")
         require(self.refresh_every > 0, "lsh.refresh_every", self.refresh_every, "a positive number of steps")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fipo.errors import UserError
 from fipo.sae import SAE
 
 
@@ -54,6 +55,10 @@ def quality(sae: SAE, batches: Iterable[Tensor]) -> Quality:
     if tokens == 0:
         raise ValueError("quality: no activations were given")
     variance = square - sum_D.pow(2).sum().item() / tokens
+    if variance <= 0:
+        raise UserError(
+            f"the {int(tokens)} held-out tokens are all alike, so that there is nothing to explain; hold out more"
+        )
     return Quality(error / variance, active / tokens, 1 - fired_F.double().mean().item(), int(tokens))
 
 

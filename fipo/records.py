@@ -20,7 +20,7 @@ def require(condition: bool, key: str, given: Any, expected: str) -> None:
     if not condition:
         shown = repr(given)
         shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
-        raise UserError(f"config: {str(key)[:200]} is {shown}; expected {expected}")
+        raise UserError(f"config: {str(key).rstrip('.')[:200]} is {shown}; expected {expected}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -50,6 +50,17 @@ def from_dict(cls: type[T], values: Any, path: str = "") -> T:
     return cls(**{key: _convert(hints[key], value, f"{path}{key}") for key, value in values.items()})
 
 
+def _as_number(value: Any) -> str:
+    """How YAML wants a number that it took for text, as 3e-4."""
+    try:
+        mantissa, e, exponent = f"{value:s}".lower().partition("e")
+        float(value)
+    except (TypeError, ValueError):
+        return ""
+    point = "" if "." in mantissa else ".0"
+    return f"; YAML reads this as text, write {mantissa}{point}{e}{exponent}"
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
     """Check `value` against the type `hint`; integers pass as floats, lists as tuples, nothing else is bent."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -65,7 +76,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return from_dict(hint, value, f"{path}.")
     if hint is float:
         number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-        require(number, path, value, "a finite number")
+        require(number, path, value, "a finite number" + _as_number(value))
         return float(value)
     require(isinstance(value, hint) and not (hint is int and isinstance(value, bool)), path, value, hint.__name__)
     require(hint is not int or abs(value) < 2**63, path, value, "an integer of at most 64 bits")

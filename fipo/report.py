@@ -10,6 +10,7 @@ from fipo.errors import UserError
 from fipo.evaluate import DatasetScores
 from fipo.files import read_json, replacing
 from fipo.log import read_log
+from fipo.progress import say
 from fipo.results import FINAL, read_result
 from fipo.saebench import Setting, metric_name, overall_metrics, sparse_probing_record
 from fipo.summary import accuracies, extras
@@ -140,11 +141,17 @@ def make_console() -> Any:
 
 
 def _beside(out_dir: Path, run: str, datasets: list[str]) -> dict[str, Any] | None:
-    """The record of another run beside this folder, where there is one on the same datasets."""
+    """The record of another run beside this folder, where there is a whole one on the same datasets."""
     file = out_dir.parent / run / FINAL
     if out_dir.name == run or not file.exists():
         return None
-    other = read_result(file.parent)
+    try:
+        other = read_result(file.parent)
+        if not all("eval_result_controls" in record for record in other["layers"].values()):
+            raise UserError(f"{file} has no controls")
+    except UserError as error:
+        say(f"warning: the table does without {run}: {error}")
+        return None
     return other if other["eval_config"]["dataset_names"] == datasets else None
 
 

@@ -1,4 +1,4 @@
-"""`final_info.json`, read as what others may have written: the record of a finished run, or one clear line why not."""
+"""Result files, read as what others may have written: the record of a run or a probing, or one clear line why not."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +8,9 @@ from fipo.errors import UserError
 from fipo.files import read_json
 
 FINAL = "final_info.json"
+RESULT_SUFFIX, OUTCOMES_SUFFIX = "_eval_results.json", "_outcomes.safetensors"
+SUITE_RESULT_SUFFIX = "_sae_probes_results.json"
+"""How the names end of what `fipo probe --out` writes."""
 SHARE, MEASURE = "a share from 0 to 1", "a number, zero or more"
 _RUN: dict[str, Any] = {
     "run": str,
@@ -29,6 +32,11 @@ _LAYER: dict[str, Any] = {
     "eval_config": {"dataset_names": [str], "k_values": [int]},
     "eval_result_details": [dict],
 }
+_PROBED: dict[str, Any] = {
+    "sae": {"name": str, "layer": int},
+    **{key: _RUN[key] for key in ("git_revision", "versions", "hardware", "eval_config")},
+    "eval_result_details": [dict],
+}
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -46,29 +54,61 @@ def read_result(folder: Path) -> dict[str, Any]:
         _check(file, path, record, _LAYER)
         if str(record["layer"]) != name:
             raise UserError(f"{file}: {path}.layer is {record['layer']}")
-        _check_accuracies(file, path, record)
+        _check_accuracies(file, f"{path}.", record)
+        if "k" in record and type(record["k"]) is not int:
+            _check(file, f"{path}.sparsity_penalty", record.get("sparsity_penalty"), MEASURE)
     return info
 
 
+def read_probe_result(file: Path) -> dict[str, Any]:
+    """A result of `fipo probe`; a damaged one, or something else, is a `UserError`."""
+    record = read_json(file)
+    try:
+        _check(file, "", record, _PROBED)
+        _check_accuracies(file, "", record)
+        for key, kind in (("run", str), ("seed", int)):
+            if record["sae"].get(key) is not None:
+                _check(file, f"sae.{key}", record["sae"][key], kind)
+    except UserError as error:
+        raise UserError(f"{file} is no result of `fipo probe`: {str(error).removeprefix(f'{file}: ')}") from error
+    return record
+
+
 def _check_accuracies(file: Path, path: str, record: dict[str, Any]) -> None:
-    """Every accuracy is a share, or null for what was not computed; a row a dataset."""
+    """Every accuracy is a share, or null for what was not computed; a row a dataset. `path` is empty or ends in "."."""
     metrics = record.get("eval_result_metrics")
     rows = [(f"details[{number}]", row) for number, row in enumerate(record["eval_result_details"])]
     for who in ("llm", "sae"):
         rows.append((f"metrics.{who}", metrics.get(who) if isinstance(metrics, dict) else None))
     names = [row.get("dataset_name") for _, row in rows[:-2]]
     if names != [f"{name}_results" for name in record["eval_config"]["dataset_names"]]:
-        raise UserError(f"{file}: {path}.eval_result_details is not one row for each of eval_config.dataset_names")
+        raise UserError(f"{file}: {path}eval_result_details is not one row for each of eval_config.dataset_names")
     for place, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{file}: {path}.eval_result_{place} is no mapping")
+            raise UserError(f"{file}: {path}eval_result_{place} is no mapping")
         for key, value in row.items():
             if key != "dataset_name" and value is not None:
-                _check(file, f"{path}.eval_result_{place}.{key}", value, SHARE)
+                _check(file, f"{path}eval_result_{place}.{key}", value, SHARE)
         wanted = [f"{who}_top_{k}_test_accuracy" for who in ("llm", "sae") for k in record["eval_config"]["k_values"]]
         for key in wanted:
             if key.startswith(place[-3:] if place.startswith("metrics") else key) and row.get(key) is None:
-                raise UserError(f"{file}: {path}.eval_result_{place} lacks {key}")
+                raise UserError(f"{file}: {path}eval_result_{place} lacks {key}")
+    if "eval_result_controls" in record:
+        _check_controls(file, path, record)
+
+
+def _check_controls(file: Path, path: str, record: dict[str, Any]) -> None:
+    controls, path = record["eval_result_controls"], f"{path}eval_result_controls"
+    _check(file, path, controls, {"mean": dict, "datasets": dict, "margin_over_random": dict})
+    for name, value in controls["mean"].items():
+        _check(file, f"{path}.mean.{name}", value, SHARE)
+    for dataset in record["eval_config"]["dataset_names"]:
+        _check(file, f"{path}.datasets.{dataset}", controls["datasets"].get(dataset), dict)
+        for name, value in controls["datasets"][dataset].items():
+            _check(file, f"{path}.datasets.{dataset}.{name}", value, SHARE)
+    for k in record["eval_config"]["k_values"]:
+        margin = controls["margin_over_random"].get(f"top_{k}")
+        _check(file, f"{path}.margin_over_random.top_{k}", margin, {"difference": float, "standard_error": float})
 
 
 def _check(file: Path, path: str, value: Any, kind: Any) -> None:

@@ -50,8 +50,8 @@ class SAE(nn.Module):
         return self.dec_FD.shape[0]
 
     def standardise(self, acts_BD: Tensor) -> Tensor:
-        """Model activations [B, D] in float32, mean-centred, of mean squared norm D."""
-        return (acts_BD.float() - self.mean_D).mul_(self.scale)
+        """Model activations [B, D] in the SAE's own dtype, mean-centred, of mean squared norm D."""
+        return (acts_BD.to(self.mean_D.dtype) - self.mean_D).mul_(self.scale)
 
     def pre_codes(self, x_BD: Tensor, latents_N: Tensor | None = None) -> Tensor:
         """Pre-activations [B, F] of standardised input, or [B, N] of the given latents alone."""
@@ -82,12 +82,15 @@ class SAE(nn.Module):
         return decode(codes, self.dec_FD) + self.dec_bias_D
 
     def encode(self, acts_BD: Tensor) -> Tensor:
-        """Codes [B, F] of model activations."""
-        return self.activation(self.pre_codes(self.standardise(acts_BD)))
+        """Codes [B, F] of model activations; B may be several dimensions, or none."""
+        flat_BD = acts_BD.reshape(-1, acts_BD.shape[-1])
+        codes_BF = self.activation(self.pre_codes(self.standardise(flat_BD)))
+        return codes_BF.view(*acts_BD.shape[:-1], -1)
 
     def decode(self, codes_BF: Tensor) -> Tensor:
-        """Model activations [B, D] of codes."""
-        return self.reconstruct(codes_BF) / self.scale + self.mean_D
+        """Model activations [B, D] of codes; B as there."""
+        acts_BD = self.reconstruct(codes_BF.reshape(-1, codes_BF.shape[-1])) / self.scale + self.mean_D
+        return acts_BD.view(*codes_BF.shape[:-1], -1)
 
     def forward(self, acts_BD: Tensor) -> Tensor:
         """decode(encode(acts))."""

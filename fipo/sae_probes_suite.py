@@ -59,6 +59,9 @@ def suite_datasets(names: Sequence[str] = ()) -> Iterator[SuiteDataset]:
         raise UserError(
             f"sae-probes has no binary dataset {unknown[0]}; its names are like {', '.join(list(known)[:3])}"
         )
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UserError(f"the dataset {twice[0]} is given twice; give it once")
     for name in names or known:
         yield SuiteDataset(name, *sae_probes.binary_texts(name))
 
@@ -169,7 +172,7 @@ def _regression() -> Any:
 
 def _rows_from_the_end(texts: Iterable[str], lm: LanguageModel) -> Iterator[list[int]]:
     """One row of token ids a text, special tokens included; a long text loses its beginning."""
-    longest = min(LONGEST, getattr(lm.model.config, "max_position_embeddings", LONGEST))
+    longest = min(LONGEST, lm.positions or LONGEST)
     held = list(texts)
     for start in range(0, len(held), 256):
         with _cut_on_the_left(lm.tokenizer):

@@ -4,8 +4,9 @@ Beside the latents of every SAE stand the model's channels and the latents of a 
 and fitted in the same way.
 """
 
+import contextlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ from torch import Tensor
 from fipo import controls, report
 from fipo.data.lm import LanguageModel
 from fipo.errors import UserError
-from fipo.export import load_sae
-from fipo.files import write_json
+from fipo.evaluate import Subject, check_fits, load_subject
+from fipo.files import read_json, sha256_json, writable, write_json
 from fipo.pooling import keep, read_kept
-from fipo.probe_job import Saved, find_saved, load_model
 from fipo.progress import progress
 from fipo.provenance import hardware, provenance
 from fipo.randomness import generator_for
+from fipo.results import SUITE_RESULT_SUFFIX
 from fipo.sae import SAE
 from fipo.sae_probes_suite import SuiteDataset, last_token_activations, probe_scores, suite_datasets
+from fipo.saved import Saved, file_names, find_saved, load_model
 
-RESULT_SUFFIX = "_sae_probes_results.json"
 METRICS = ("accuracy", "auc", "f1")
 SAMPLE_DATASETS = 8
 """The first datasets, on whose last tokens the L0 of an SAE is found for its random control."""
@@ -37,32 +38,48 @@ Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
 def run(
     folders: Sequence[Path], names: Sequence[str], ks: Sequence[int], seed: int, out: Path | None, **chosen: Any
 ) -> None:
-    """Probe, print, and write `out`/NAME_sae_probes_results.json; `names`: some of the datasets, or none for all."""
+    """Probe, print, and write `out`/NAME_sae_probes_results.json; `names`: some of the datasets, or none for all. What
+    the same command has written before, as far as it came, is printed and left as it is."""
     saved = find_saved(folders)
-    files = {one.name: one.name.replace("/", "_") + RESULT_SUFFIX for one in saved}
-    for file in files.values():
-        if out is not None and (out / file).exists():
-            raise UserError(f"{out} already holds {file}; name another --out, or remove it")
+    files = {name: f"{file}{SUITE_RESULT_SUFFIX}" for name, file in file_names(saved).items()}
     datasets = list(suite_datasets(names))
-    lm = load_model(saved, **chosen)
-    acts = _all_activations(datasets, lm)
-    origin = {**provenance(), "hardware": hardware(lm.device)}
-    with progress("probing", len(saved) * len(datasets), "datasets") as advance:
-        for one in saved:
-            sae, place = load_sae(one.folder), lm.layers.index(one.layer)
-            if sae.d_in != lm.width or max(ks) > sae.latents:
-                raise UserError(
-                    f"SAE {one.name} has width {sae.d_in} and {sae.latents} latents; the model has width {lm.width}, "
-                    f"and k goes up to {max(ks)}: name its model, or lower --k"
-                )
-            control = _control(sae, torch.cat([acts_NLD[:, place] for acts_NLD in acts[:SAMPLE_DATASETS]]), seed, one)
-            results: Results = {}
-            for data, acts_NLD in zip(datasets, acts, strict=True):
-                results[data.name] = _probe(data, acts_NLD[:, place], sae, control, ks)
-                advance(1, f"{data.name} {one.name}")
-            report.make_console().print(_table(one.name, results, ks))
-            if out is not None:
-                write_json(out / files[one.name], {**_record(one, results, ks, lm), **origin})
+    with contextlib.nullcontext() if out is None else writable(out, "--out"):
+        lm = load_model(saved, **chosen)
+        subjects = {one.name: load_subject(one.folder, one.layer) for one in saved}
+        for name, subject in subjects.items():
+            check_fits(name, subject, lm, ks)
+        keys = {name: _key(subject, datasets, lm, ks, seed) for name, subject in subjects.items()}
+        done = {name: _done(out / file, keys[name]) for name, file in files.items() if out is not None}
+        missing = [one for one in saved if done.get(one.name) is None]
+        acts = _all_activations(datasets, lm) if missing else []
+        origin = {**provenance(), "hardware": hardware(lm.device)}
+        with progress("probing", len(missing) * len(datasets), "datasets") as advance:
+            for one in saved:
+                record = done.get(one.name)
+                if record is None:
+                    place = lm.layers.index(one.layer)
+                    layer_acts = [acts_NLD[:, place] for acts_NLD in acts]
+                    results = _results(one, subjects[one.name].sae, datasets, layer_acts, ks, seed, advance)
+                    record = {**_record(one, results, ks, lm), "key": keys[one.name], **origin}
+                    if out is not None:
+                        write_json(out / files[one.name], record)
+                report.make_console().print(_table(one.name, record["results"], ks))
+
+
+def _key(subject: Subject, datasets: Sequence[SuiteDataset], lm: LanguageModel, ks: Sequence[int], seed: int) -> str:
+    """Names all that a result depends on."""
+    model = [lm.weights_hash, lm.tokenizer_hash, str(lm.dtype), lm.context]
+    return sha256_json([subject.layer, subject.key, [tuple(data) for data in datasets], model, list(ks), seed])
+
+
+def _done(file: Path, key: str) -> dict[str, Any] | None:
+    """The result that is there already; one of other settings is a `UserError`."""
+    if not file.exists():
+        return None
+    record = read_json(file)
+    if not isinstance(record, dict) or record.get("key") != key:
+        raise UserError(f"{file} is the result of another SAE or of other settings; name another --out, or remove it")
+    return record
 
 
 def _all_activations(datasets: Sequence[SuiteDataset], lm: LanguageModel) -> list[Tensor]:
@@ -78,6 +95,23 @@ def _all_activations(datasets: Sequence[SuiteDataset], lm: LanguageModel) -> lis
             found.append(acts_NLD)
             advance(len(data.texts), data.name)
     return found
+
+
+def _results(
+    one: Saved,
+    sae: SAE,
+    datasets: Sequence[SuiteDataset],
+    acts: Sequence[Tensor],
+    ks: Sequence[int],
+    seed: int,
+    advance: Callable[[float, str], None],
+) -> Results:
+    """Of an SAE on every dataset, whose last-token activations [N, D] are given."""
+    control, results = _control(sae, torch.cat(list(acts[:SAMPLE_DATASETS])), seed, one), {}
+    for data, acts_ND in zip(datasets, acts, strict=True):
+        results[data.name] = _probe(data, acts_ND, sae, control, ks)
+        advance(1, f"{data.name} {one.name}")
+    return results
 
 
 @torch.no_grad()

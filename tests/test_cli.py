@@ -3,17 +3,21 @@
 import json
 import shutil
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiny
 import torch
 from toys import seeded
 
 from fipo.activations import ReLU, TopK
-from fipo.checkpoint import load_tensors
+from fipo.checkpoint import load_tensors, save_tensors
 from fipo.cli import main
+from fipo.data.store import cache_root
 from fipo.export import save_sae
 from fipo.sae import SAE
 from fipo.sae_probes_suite import SuiteDataset
+from fipo.saved import find_saved
 
 
 @pytest.fixture
@@ -97,7 +101,7 @@ def test_comparing_results(saved, labelled_folders, capsys):
 
 def mistake(case, saved, labelled):
     """(folders, datasets, more arguments, what must be told)"""
-    run, other = saved / "run_3", saved / "other"
+    other = saved / "other"
     match case:
         case "no SAE":
             return [saved], labelled, [], "holds no SAE"
@@ -115,30 +119,54 @@ def mistake(case, saved, labelled):
             (saved / "out").mkdir()
             (saved / "out" / "other_eval_results.json").write_text("{}")
             return [other], labelled, ["--out", saved / "out"], "already holds a result of other"
-        case "no layer" | "no model" | "context":
-            config = json.loads((other / "cfg.json").read_text())
-            if case == "no layer":
-                config["metadata"] |= {"hook_layer": None, "hook_name": "somewhere"}
-            elif case == "no model":
-                config["metadata"]["model_name"] = None
-            else:
-                config["metadata"]["context_size"] = 8
-            (other / "cfg.json").write_text(json.dumps(config))
-            told = {"no layer": "names no layer", "no model": "does not say its model"}
-            return [run, other], labelled, [], told.get(case, "differ in context")
-        case "layer out of range":
-            config = json.loads((other / "cfg.json").read_text())
-            config["metadata"]["hook_layer"] = 9
-            (other / "cfg.json").write_text(json.dumps(config))
-            return [other], labelled, [], "layer 9"
         case "damaged":
             (other / "sae_weights.safetensors").write_bytes(b"no")
             return [other], labelled, [], "damaged"
+        case "missing":
+            (other / "sae_weights.safetensors").unlink()
+            return [other], labelled, [], "sae_weights.safetensors is missing"
+        case "far too large":
+            tensors = load_tensors(other / "sae_weights.safetensors")
+            save_tensors(other / "sae_weights.safetensors", tensors | {"W_enc": tensors["W_enc"].mul(1e37)})
+            return [other], labelled, [], "are not finite numbers"
+        case "k of 0":
+            return [other], labelled, ["--k", "0,1"], "--k is 0,1; expected positive numbers"
+        case "seed":
+            return [other], labelled, ["--seed", "-1"], "--seed is -1"
+        case "small context":
+            return [other], labelled, ["--context", "0"], "--context is 0"
+        case "long context":
+            return [other], labelled, ["--context", "4000"], "takes at most"
+        case "twice the same text":
+            return [other], [labelled[0], labelled[0]], [], "are named topics"
+        case "same name":
+            shutil.copytree(labelled[1], saved / "elsewhere" / "topics")
+            return [other], [labelled[0], saved / "elsewhere" / "topics"], [], "are named topics"
+        case "same file":
+            shutil.copytree(other, saved / "x" / "y_z")
+            shutil.copytree(other, saved / "x_y" / "z")
+            return [saved / "x" / "y_z", saved / "x_y" / "z"], labelled, [], "would both be x_y_z"
+        case "out is a file":
+            (saved / "mine.txt").write_text("precious")
+            return [other], labelled, ["--out", saved / "mine.txt" / "deeper"], "cannot write to"
+        case "no content":
+            for split, first in (("train", 1), ("test", 200)):
+                pyarrow.parquet.write_table(
+                    pyarrow.table({"text": [" " * (first + n) for n in range(120)], "label": [0, 1] * 60}),
+                    _made(saved / "empty") / f"{split}.parquet",
+                )
+            return [other], [saved / "empty"], [], "content token"
     raise AssertionError(case)
 
 
-CASES = ["no SAE", "twice", "no dataset", "k", "k above F", "too few texts", "result in the way", "no layer"]
-CASES += ["no model", "context", "layer out of range", "damaged"]
+def _made(folder):
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+CASES = ["no SAE", "twice", "no dataset", "k", "k above F", "too few texts", "result in the way", "damaged", "missing"]
+CASES += ["far too large", "k of 0", "seed", "small context", "long context", "twice the same text", "same name"]
+CASES += ["same file", "out is a file", "no content"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -150,6 +178,73 @@ def test_mistakes_are_one_line_and_exit_code_2(case, saved, labelled_folders, ca
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and not shown
     assert told in lines[0] or (case == "too few texts" and "2000 are needed" in lines[0])
+
+
+METADATA = [
+    ({"hook_layer": None, "hook_name": None}, "names no layer"),
+    ({"hook_layer": 0}, "names no layer"),
+    ({"hook_layer": True}, "names no layer"),
+    ({"hook_layer": -1, "hook_name": None}, "block 0 of the model, or before"),
+    ({"hook_layer": 9, "hook_name": None}, "layer 9"),
+    ({"hook_name": "blocks.1.hook_mlp_out"}, "only SAEs of the residual stream"),
+    ({"hook_name": "blocks.0.hook_resid_pre", "hook_layer": 0}, "block 0 of the model, or before"),
+    ({"model_name": None}, "does not say its model"),
+    ({"model_name": 5}, "metadata.model_name is '5'"),
+    ({"context_size": 8}, "differ in context"),
+    ({"context_size": "16"}, "metadata.context_size is '16'"),
+    (None, "no mapping with a mapping `metadata`"),
+]
+
+
+@pytest.mark.parametrize(("metadata", "told"), METADATA)
+def test_what_an_sae_reads_must_be_said_and_be_the_residual_stream(metadata, told, saved, labelled_folders, capsys):
+    rewrite(saved / "other", metadata)
+    code, shown, errors = probe(capsys, [saved / "run_3", saved / "other"], labelled_folders)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and not shown and told in lines[0]
+
+
+def rewrite(folder, metadata):
+    config = json.loads((folder / "cfg.json").read_text())
+    config["metadata"] = config["metadata"] | metadata if metadata is not None else []
+    (folder / "cfg.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "layer"),
+    [
+        ({"hook_name": "blocks.1.hook_resid_post"}, 1),
+        ({"hook_name": "blocks.1.hook_resid_pre"}, 0),
+        ({"hook_name": "encoder.layer.1"}, 1),
+        ({"hook_name": "model.layers.0", "hook_layer": None}, 0),
+        ({"hook_name": None}, 1),
+    ],
+)
+def test_what_goes_into_a_block_is_what_comes_out_of_the_one_before(metadata, layer, saved):
+    rewrite(saved / "other", metadata)
+    assert find_saved([saved / "other"])[0].layer == layer
+
+
+@pytest.mark.parametrize("content", ["workload: minilm\n", "run: x\nworkload: null\n", "run: 3\n"])
+def test_a_config_beside_an_sae_that_is_none_of_ours_says_nothing(content, saved):
+    (saved / "config.yaml").write_text(content)
+    assert find_saved([saved / "other"])[0].run == {}
+
+
+def test_the_cache_tells_saes_of_the_same_weights_apart(saved, labelled_folders, capsys):
+    """Of k 4 and of k 32: the second must not be given what was pooled for the first."""
+    config = json.loads((saved / "other" / "cfg.json").read_text())
+    results = []
+    for cached in (True, False):
+        for k in (4, 32):
+            folder = saved / f"k{k}_{cached}" / "sae"
+            shutil.copytree(saved / "other", folder)
+            (folder / "cfg.json").write_text(json.dumps(config | {"k": k}))
+            if not cached:
+                shutil.rmtree(cache_root())
+            assert probe(capsys, [folder], labelled_folders, "--out", folder.parent)[0] == 0
+            results.append(json.loads((folder.parent / "sae_eval_results.json").read_text())["eval_result_statistics"])
+    assert results[0] == results[2] and results[1] == results[3] and results[0] != results[1]
 
 
 def test_compare_needs_results(tmp_path, capsys):
@@ -184,9 +279,32 @@ def test_suite_of_sae_probes(saved, capsys):
     margin = [scores["sae"]["1"]["f1"] - scores["random"]["1"]["f1"] for scores in record["results"].values()]
     assert record["margin_over_random"]["1"]["f1"]["difference"] == pytest.approx(sum(margin) / 2)
     assert len(record["results"]["1_topic"]["llm"]["2"]["latents"]) == 2
-    assert main(arguments) == 2 and "already holds" in capsys.readouterr().err
+    capsys.readouterr()
+    (out / "other_sae_probes_results.json").unlink()
+    assert main(arguments) == 0, "what was stopped goes on"
+    shown_again, told = capsys.readouterr()
+    assert shown_again == shown and "last tokens" in told
+    assert json.loads((out / "other_sae_probes_results.json").read_text())["results"]
+    assert main([*arguments, "--k", "1,2"]) == 2 and "of other settings" in capsys.readouterr().err
     assert main([*arguments[:4], "sae-probes", "--datasets", "2_topic"]) == 0
     assert "mean over 1 datasets" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small_suite")
+@pytest.mark.parametrize(("option", "value"), [("--train", "50"), ("--repeats", "2"), ("--pooling", "float32")])
+def test_the_second_suite_takes_no_options_of_the_first(option, value, saved, capsys):
+    assert main(["probe", str(saved / "other"), "--suite", "sae-probes", option, value]) == 2
+    assert f"{option} means nothing" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_suite")
+def test_the_second_suite_looks_at_all_saes_before_it_begins(saved, capsys):
+    (saved / "other" / "sae_weights.safetensors").write_bytes(b"no")
+    out = saved / "out"
+    folders = [str(saved / "run_3"), str(saved / "other")]
+    assert main(["probe", *folders, "--suite", "sae-probes", "--out", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert "is damaged" in told and "last tokens" not in told and not out.exists()
 
 
 def test_datasets_must_be_named(saved, capsys):

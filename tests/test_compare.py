@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fipo.checkpoint import save_tensors
-from fipo.compare import report
+from fipo.compare import pareto_points, report
 from fipo.errors import UserError
 
 EVALUATED = {"dataset_names": ["a"], "k_values": [1]}
@@ -94,4 +94,63 @@ def test_over_trainings_the_spread_is_that_of_the_differences(tmp_path):
 
 def test_an_unfinished_run_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no final_info.json"):
+        report([tmp_path])
+
+
+def test_what_is_given_twice_is_no_second_seed(tmp_path):
+    folders = [finished(tmp_path / name, "run_3", 1, 0.2) for name in ("first", "copy")]
+    for given in (folders, [folders[0], folders[0]]):
+        with pytest.raises(UserError, match="run_3, seed 1, layer 3, is given twice"):
+            report(given)
+        with pytest.raises(UserError, match="is given twice"):
+            pareto_points(given)
+
+
+def rescored(folder, datasets, top_1):
+    """The run in `folder`, scored on other datasets."""
+    info = json.loads((folder / "final_info.json").read_text())
+    for layer in info["layers"].values():
+        layer["eval_config"] = {"dataset_names": datasets, "k_values": [1]}
+        row = layer["eval_result_details"][0] | {"sae_top_1_test_accuracy": top_1}
+        layer["eval_result_details"] = [row | {"dataset_name": f"{name}_results"} for name in datasets]
+        layer["eval_result_metrics"]["sae"]["sae_top_1_test_accuracy"] = top_1
+    (folder / "final_info.json").write_text(json.dumps(info))
+    return folder
+
+
+def test_only_what_was_scored_on_the_same_datasets_is_compared_over_trainings(tmp_path):
+    base = [finished(tmp_path / f"base{seed}", "run_8", seed, 0.3, top_1=0.6) for seed in (1, 2, 3)]
+    other = [finished(tmp_path / f"other{seed}", "run_6", seed, 0.3, top_1=0.7) for seed in (1, 2)]
+    other.append(rescored(finished(tmp_path / "other3", "run_6", 3, 0.3), ["b"], 0.9))
+    line = next(line for line in report([*base, *other]).splitlines() if "trainings" in line)
+    assert "all, over 2 trainings | +0.100 ± 0.000" in line
+    assert "trainings" not in report([*base, *[rescored(folder, ["b"], 0.9) for folder in other[:2]]])
+
+
+def test_answers_of_k_5_alone_are_compared(tmp_path):
+    folders = [finished(tmp_path / run, run, 1, 0.3) for run in ("run_8", "run_6")]
+    for number, folder in enumerate(folders):
+        rows_TM = torch.arange(4).repeat(2, 1)
+        answers = {"topics/rows_TM": rows_TM, "topics/sae_top_5/right_TM": rows_TM < 2 + number}
+        save_tensors(folder / "layer_3" / "probing_outcomes.safetensors", answers)
+    lines = [line for line in report(folders).splitlines() if line.startswith("| run_6 - run_8 | 3 |")]
+    assert [line.split("|")[3].strip() for line in lines] == ["all", "topics"]
+    assert all(line.split("|")[4].strip() == "-" and "+0.250 [" in line for line in lines)
+
+
+def test_answers_of_another_shape_are_damage(tmp_path):
+    folders = [finished(tmp_path / run, run, 1, 0.3) for run in ("run_8", "run_6")]
+    for folder, count in zip(folders, (4, 3), strict=True):
+        rows_TM = torch.arange(4).repeat(2, 1)
+        answers = {"topics/rows_TM": rows_TM, "topics/sae_top_1/right_TM": torch.ones(2, count, dtype=torch.bool)}
+        save_tensors(folder / "layer_3" / "probing_outcomes.safetensors", answers)
+    with pytest.raises(
+        UserError, match=r"probing_outcomes.safetensors is damaged: topics/sae_top_1/right_TM has \(2, 3\)"
+    ):
+        report(folders)
+
+
+def test_results_of_the_second_suite_are_told_apart(tmp_path):
+    (tmp_path / "x_sae_probes_results.json").write_text("{}")
+    with pytest.raises(UserError, match="results of the suite sae-probes, which `fipo compare` does not read"):
         report([tmp_path])

@@ -112,6 +112,23 @@ def test_wrong_type_is_named(key, value):
 
 
 @pytest.mark.parametrize(
+    ("value", "wanted"),
+    [("3e-4", "write 3.0e-4"), ("1E5", "write 1.0e5"), ("2.5e3", "write 2.5e3"), ("fast", None), ([1], None)],
+)
+def test_a_number_that_yaml_takes_for_text(value, wanted):
+    with pytest.raises(UserError) as told:
+        from_dict(RunConfig, changed("workload.learning_rate", value))
+    assert "learning_rate is" in str(told.value) and "expected a finite number" in str(told.value)
+    assert (wanted in str(told.value)) if wanted else ("YAML" not in str(told.value))
+
+
+@pytest.mark.parametrize("key", ["workload.text", "penalty"])
+def test_a_section_is_named_without_a_dot(key):
+    with pytest.raises(UserError, match=re.escape(f"config: {key} is 3; expected a mapping")):
+        from_dict(RunConfig, changed(key, 3))
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("seed", -1),
@@ -123,6 +140,9 @@ def test_wrong_type_is_named(key, value):
         ("workload.layers", [-1]),
         ("workload.layers", [2, 2]),
         ("workload.context", 2),
+        ("text.held_out_tokens", 1),
+        ("probing.ks", [1, 2, 1]),
+        ("lsh.bits", 24),
         ("workload.latents", 0),
         ("workload.k", 0),
         ("workload.k", toys.LATENTS + 1),

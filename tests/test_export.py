@@ -186,7 +186,7 @@ def test_wrong_threshold_shape(tmp_path):
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"architecture": "gated"}, "architecture gated is not one of standard, topk, jumprelu"),
+        ({"architecture": "gated"}, "architecture is gated; expected one of standard, topk, jumprelu"),
         ({"d_sae": LATENTS + 1}, "expected finite"),
         ({"normalize_activations": "expected_average_only_in"}, "normalize_activations is not folded"),
         ({"d_in": None}, "d_in is None; expected int"),
@@ -280,3 +280,32 @@ def test_loads_in_sae_lens(sae, folder):
     assert theirs.cfg.metadata.model_name == "some/model"
     theirs.fold_W_dec_norm()
     assert relative(theirs(acts_BD), sae(acts_BD)) < 1e-4
+
+
+def test_folders_may_be_given_as_text(tmp_path):
+    sae = trained("relu")
+    save_sae(str(tmp_path), sae, model="m", layer=0, context=8, dataset="d", beside={})
+    acts_BD = torch.randn(5, WIDTH, generator=seeded(5))
+    assert load_sae(str(tmp_path)).encode(acts_BD).equal(load_sae(tmp_path).encode(acts_BD))
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "jumprelu"])
+def test_codes_of_texts_by_positions_and_of_one_token(architecture, tmp_path):
+    save(tmp_path, trained(architecture))
+    sae, acts_BSD = load_sae(tmp_path), torch.randn(3, 4, WIDTH, generator=seeded(5))
+    codes_BSF = sae.encode(acts_BSD)
+    assert codes_BSF.shape == (3, 4, LATENTS) and codes_BSF.flatten(0, 1).equal(sae.encode(acts_BSD.flatten(0, 1)))
+    assert sae(acts_BSD).shape == acts_BSD.shape
+    assert torch.allclose(sae(acts_BSD).flatten(0, 1), sae(acts_BSD.flatten(0, 1)))
+    assert sae.encode(acts_BSD[0, 0]).shape == (LATENTS,) and sae(acts_BSD[0, 0]).shape == (WIDTH,)
+
+
+def test_a_loaded_sae_runs_in_the_dtype_it_is_given(tmp_path):
+    save(tmp_path, trained("relu"))
+    acts_BD = torch.randn(5, WIDTH, generator=seeded(5))
+    exact_BF = load_sae(tmp_path).encode(acts_BD)
+    for dtype, tolerance in ((torch.bfloat16, 0.05), (torch.float64, 1e-6)):
+        codes_BF = load_sae(tmp_path).to(dtype).encode(acts_BD)
+        assert codes_BF.dtype == dtype and torch.allclose(
+            codes_BF.float(), exact_BF, atol=tolerance * exact_BF.max().item()
+        )

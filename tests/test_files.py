@@ -18,6 +18,7 @@ from fipo.files import (
     replacing_folder,
     sha256_file,
     sha256_json,
+    writable,
     write_json,
     write_text,
 )
@@ -178,3 +179,22 @@ def test_sha256_of_json_ignores_the_order_of_keys_alone():
 def test_user_error_is_one_line():
     assert str(UserError("a\n   b\tc")) == "a b c"
     assert len(str(UserError("x" * 10**6))) < 1100
+
+
+def test_a_file_where_a_folder_is_wanted_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for path in (tmp_path / "file" / "x.json", tmp_path / "file" / "deeper" / "x.json"):
+        with pytest.raises(UserError, match="cannot write"):
+            write_text(path, "new")
+    with pytest.raises(UserError, match="choose another --out"), writable(tmp_path / "file", "--out"):
+        pass
+    assert (tmp_path / "file").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_nothing_was_written_into_is_taken_away(tmp_path):
+    with writable(tmp_path / "new", "--out"):
+        assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()
+    with writable(tmp_path / "new", "--out"):
+        (tmp_path / "new" / "result").touch()
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["result"]

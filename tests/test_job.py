@@ -323,6 +323,21 @@ def test_table_beside_run_0(tmp_path, values, capsys):
         assert cell in shown and row["dataset_name"].removesuffix("_results") in shown
 
 
+@pytest.mark.parametrize("damage", ["torn", "without controls"])
+def test_a_damaged_run_beside_is_done_without(damage, tmp_path, values, capsys):
+    start(tmp_path / "run_0", values)
+    file = tmp_path / "run_0" / "final_info.json"
+    info = read_json(file)
+    for layer in info["layers"].values():
+        del layer["eval_result_controls"]
+    file.write_text("{" if damage == "torn" else json.dumps(info))
+    capsys.readouterr()
+    start(tmp_path / "run_1", values)
+    shown, told = capsys.readouterr()
+    assert shown.count("SAE | LLM | random") == 2 and "random | run_0" not in shown
+    assert "warning: the table does without run_0" in told and (tmp_path / "run_1" / "final_info.json").exists()
+
+
 def test_mistakes_leave_no_folder_behind(tmp_path, values, own_cache, monkeypatch):
     monkeypatch.setenv("FIPO_WORKLOAD", str(tmp_path / "workload.yaml"))
     empty = tiny.write_parquet(tmp_path / "empty" / "train.parquet", {"text": ["", ""]}).parent
@@ -460,9 +475,9 @@ def test_finished_while_we_waited_for_the_lock(tmp_path, finished, values, monke
     (out_dir / "final_info.json").unlink()
     original = job.writable
 
-    def writable(folder):
+    def writable(folder, option):
         (folder / "final_info.json").write_text(final)
-        return original(folder)
+        return original(folder, option)
 
     monkeypatch.setattr(job, "writable", writable)
     with pytest.raises(UserError, match="holds a finished run, which is never overwritten"):

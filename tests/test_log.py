@@ -69,3 +69,8 @@ def test_a_disk_that_does_not_take_it(log, monkeypatch, code):
         UserError, match=f"cannot write .*log.jsonl: {os.strerror(code)}; free space, then give the same"
     ):
         append_log(log, lines(20))
+
+
+def test_a_folder_in_its_place_is_told(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        read_log(tmp_path)

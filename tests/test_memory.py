@@ -16,6 +16,10 @@ def too_much():
     torch.empty(2**55)
 
 
+def beyond_all_numbers():
+    torch.empty(2**62, 8)
+
+
 def gpu():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB. If reserved memory is large try")
 
@@ -25,7 +29,8 @@ def python():
 
 
 @pytest.mark.parametrize(
-    ("call", "said"), [(too_much, "allocate"), (gpu, "Tried to allocate 8 GiB."), (python, "no mem")]
+    ("call", "said"),
+    [(too_much, "allocate"), (beyond_all_numbers, "overflow"), (gpu, "Tried to allocate 8 GiB."), (python, "no mem")],
 )
 def test_says_what_to_lower(call, said):
     told = pytest.raises(UserError, match=f"out of memory in training: .*{said}.*; lower workload.latents")

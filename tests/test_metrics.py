@@ -5,6 +5,7 @@ import torch
 import toys
 
 from fipo.activations import build_activation
+from fipo.errors import UserError
 from fipo.metrics import max_cosines, quality
 from fipo.sae import SAE
 
@@ -88,3 +89,8 @@ def test_max_cosines_of_duplicates_orthogonal_opposite_and_single_rows():
     assert max_cosines(torch.eye(3)).tolist() == [0.0, 0.0, 0.0]
     assert max_cosines(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])).tolist() == [-1.0, -1.0]
     assert max_cosines(torch.ones(1, 2)).tolist() == [0.0]
+
+
+def test_tokens_that_are_all_alike_are_told():
+    with pytest.raises(UserError, match="the 6 held-out tokens are all alike"):
+        quality(sae(), [torch.zeros(2, WIDTH)] * 3)

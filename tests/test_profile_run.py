@@ -1,24 +1,16 @@
-"""benchmarks.profile_run: the parts of a run add up, and each is a function that a run calls."""
+"""benchmarks.profile_run: the parts of a run add up, each names functions that there are, a moment has one part."""
 
-import cProfile
+import ast
 import json
 import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import tiny
 
 from benchmarks import profile_run
-
-UNUSED = {
-    *("search.py:largest_of_rows", "loop.py:save", "screen.py:_left", "sae_probes.py:_training_texts"),
-    "objective.py:passes",
-}
-"""Functions of other architectures and workloads, of longer runs, of other processors and without Numba."""
-SPARSE_ONLY = {
-    *("sparse.py:sum_rows", "sparse.py:row_products", "search.py:largest_of_batch", "sparse.py:grouped"),
-    "loss.py:nested_error",
-}
 
 
 @pytest.fixture(params=["run_6", "run_1"])
@@ -29,35 +21,56 @@ def result(request, tmp_path, model_folder, text_folder, labelled_folders, monke
         monkeypatch.setenv(name, "restored afterwards")
     arguments = ["--run", request.param, "--workload", str(workload), "--json", str(tmp_path / "result.json")]
     monkeypatch.setattr(sys, "argv", ["profile_run", *arguments])
+    monkeypatch.setattr(profile_run, "EVERY", 0.0005)
     profile_run.main()
     return json.loads((tmp_path / "result.json").read_text())
 
 
 def test_the_parts_add_up_to_the_whole(result):
     *parts, rest, whole = [row for row in result["rows"] if "part" in row]
-    assert rest["seconds"] >= 0, "two of the functions call each other"
     assert sum(row["seconds"] for row in parts) + rest["seconds"] == pytest.approx(whole["seconds"])
+    assert 0 <= rest["share"] < 0.5 and all(row["seconds"] >= 0 for row in parts)
     wanted = sum(row["share"] for row in parts if row["wanted"])
     assert result["ratios"]["wanted_share"] == pytest.approx(wanted) and 0 < wanted < 1
+    seen = {row["part"] for row in parts if row["seconds"]}
+    assert {"LM forward", "step: gradient norm and optimiser", "set-up: model, texts, imports"} <= seen
+    assert (result["settings"]["run"] == "run_1") == any(row["part"].startswith("SAE: dense") for row in parts)
+    functions = [row for row in result["rows"] if "part" not in row]
+    assert len(functions) == 20 and functions[0]["seconds"] >= functions[-1]["seconds"] > 0
 
 
-def test_every_part_names_functions_that_a_run_calls(result):
-    silent = {row["part"] for row in result["rows"] if row.get("part", "all") != "all" and row["seconds"] == 0}
-    unused = UNUSED | (SPARSE_ONLY | {"train.py:refresh_pairs"} if result["settings"]["run"] == "run_1" else set())
-    named = profile_run.WANTED | profile_run.OTHER | profile_run.DENSE | profile_run.SPARSE
-    assert silent <= {part for part, names in named.items() if set(names) <= unused}
-    assert any(part.startswith("SAE: dense") for part in named.keys() - silent)
+def test_every_part_names_functions_that_there_are():
+    sources = Path(profile_run.job.__file__).parent.rglob("*.py")
+    defined = {
+        f"{path.name}:{node.name}"
+        for path in sources
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    named = [*profile_run.WANTED.values(), *profile_run.OTHER.values(), *profile_run.DENSE.values()]
+    names = [name for part in named for name in part]
+    assert set(names) - defined == {profile_run.BACKWARD} and len(names) == len(set(names))
 
 
-def test_what_a_built_in_function_calls_is_not_its_own():
-    profile = cProfile.Profile()
-    profile.runcall(sorted, [1, 2], key=lambda n: time.sleep(0.05) or n)
-    assert profile_run.seconds_of(profile, ["~:<built-in method builtins.sorted>"]) < 0.04
-    assert profile_run.seconds_of(profile, ["~:<built-in method time.sleep>"]) >= 0.1
+def inner():
+    time.sleep(0.15)
 
 
-def test_own_seconds_are_with_built_in_and_without_python_functions(result):
-    own = [row for row in result["rows"] if "part" not in row]
-    whole = next(row["seconds"] for row in result["rows"] if row.get("part") == "all")
-    assert [row["seconds"] for row in own] == sorted((row["seconds"] for row in own), reverse=True)
-    assert 0 < sum(row["seconds"] for row in own) <= whole
+def outer():
+    time.sleep(0.15)
+    inner()
+
+
+def test_a_moment_belongs_to_the_innermost_part():
+    stacks = profile_run.sampled(outer, 0.002)
+    here = "test_profile_run.py"
+    seconds = profile_run.by_part(stacks, {"in": [f"{here}:inner"], "out": [f"{here}:outer"]})
+    assert seconds["in"] == pytest.approx(0.15, abs=0.05) and seconds["out"] == pytest.approx(0.15, abs=0.05)
+    assert profile_run.by_part(stacks, {"out": [f"{here}:outer"]})["out"] == pytest.approx(0.3, abs=0.08)
+    assert profile_run.by_function(stacks, {here}).keys() == {f"{here}:inner", f"{here}:outer"}
+
+
+def test_parts_of_given_stacks():
+    stacks = Counter({("a.py:f", "b.py:g"): 2.0, ("a.py:f",): 1.0, ("c.py:h",): 4.0})
+    assert profile_run.by_part(stacks, {"x": ["a.py:f"], "y": ["b.py:g", "d.py:k"]}) == {"x": 1.0, "y": 2.0}
+    assert profile_run.by_function(stacks, {"a.py", "c.py"}) == {"a.py:f": 3.0, "c.py:h": 4.0}

@@ -72,6 +72,43 @@ def test_what_is_wrong_is_named(tmp_path, path, value, text):
         read_result(write(tmp_path, record))
 
 
+CONTROLS = {
+    "mean": {"random_top_1_test_accuracy": 0.5},
+    "datasets": {"a": {"random_top_1_test_accuracy": 0.5}},
+    "margin_over_random": {f"top_{k}": {"difference": 0.1, "standard_error": 0.01} for k in (1, 5)},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (None, "eval_result_controls is None"),
+        ({"mean": 3}, "eval_result_controls.mean is 3; expected dict"),
+        (
+            {"mean": {"random_top_1_test_accuracy": "high"}},
+            "mean.random_top_1_test_accuracy is 'high'; expected a share",
+        ),
+        ({"datasets": {}}, "datasets.a is None; expected dict"),
+        ({"margin_over_random": {}}, "margin_over_random.top_1 is None"),
+        ({"margin_over_random": CONTROLS["margin_over_random"] | {"top_5": {"difference": 0}}}, "top_5.standard_error"),
+    ],
+)
+def test_controls_are_whole_where_there_are_any(tmp_path, change, text):
+    record = copy.deepcopy(RECORD)
+    record["layers"]["3"]["eval_result_controls"] = CONTROLS
+    assert read_result(write(tmp_path, record)) == record
+    record["layers"]["3"]["eval_result_controls"] = None if change is None else CONTROLS | change
+    with pytest.raises(UserError, match=text):
+        read_result(write(tmp_path, record))
+
+
+def test_sparsity_is_a_number(tmp_path):
+    record = copy.deepcopy(RECORD)
+    record["layers"]["3"] |= {"k": None, "sparsity_penalty": None}
+    with pytest.raises(UserError, match="layers.3.sparsity_penalty is None"):
+        read_result(write(tmp_path, record))
+
+
 @pytest.mark.parametrize("content", ["", "[]", "3", "[" * 10_000, '{"seed": NaN}'])
 def test_what_is_no_record(tmp_path, content):
     with pytest.raises(UserError, match="final_info.json"):

@@ -125,3 +125,47 @@ def test_a_class_with_too_few_texts_is_named():
 def test_a_missing_split_is_named():
     with pytest.raises(UserError, match="no parquet or jsonl file of the split validation"):
         list(saebench_text._records(None, "fancyzhx/ag_news", "validation", None))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "config"),
+    [
+        ("fancyzhx/ag_news", [{"body": "x", "label": 1}], None),
+        ("codeparrot/github-code", [{"code": "x", "lang": "C"}], None),
+        ("Helsinki-NLP/europarl", [{"translation": {"en": "x"}}, {"translation": {"fr": "x"}}], "en-fr"),
+        ("Helsinki-NLP/europarl", [{"translation": "x"}], "en-fr"),
+    ],
+)
+def test_other_columns_are_told(name, rows, config, tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path, name, split, rows, config)
+    with pytest.raises(UserError, match=f"dataset {name}: (a record has the columns|class en holds what is no text)"):
+        select(name, TRAIN, TEST, SEED)
+
+
+def test_what_is_no_text_is_told(tmp_path):
+    news = [{"text": None if number == 3 else "x", "label": label} for number in range(30) for label in range(4)]
+    save(tmp_path, "fancyzhx/ag_news", "train", news)
+    with pytest.raises(UserError, match="class 0 holds what is no text"):
+        select("fancyzhx/ag_news", 30, TEST, SEED)
+
+
+def test_a_revision_that_a_local_folder_may_not_have_is_told(capsys):
+    assert select("fancyzhx/ag_news", TRAIN, TEST, SEED, "abc")[2] is None
+    assert "whose revision is not known to be abc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["LabHC/bias_in_bios_class_set1", "canrager/amazon_reviews_mcauley_1and5"])
+def test_halves_want_even_numbers(name):
+    with pytest.raises(UserError, match="give even numbers of training and test texts, not 7 and 4"):
+        load_labelled(name, Probing(datasets=(name,), train_per_class=7, test_per_class=4), SEED)
+
+
+def test_a_stream_that_breaks_off_is_one_line(monkeypatch):
+    def broken(*_given):
+        yield {"text": "x", "label": 1}
+        raise ConnectionError("gone")
+
+    monkeypatch.setattr(saebench_text, "load_local", broken)
+    with pytest.raises(UserError, match=r"split train, broke off \(ConnectionError\): gone"):
+        select("fancyzhx/ag_news", TRAIN, TEST, SEED)

@@ -41,6 +41,19 @@ class LabelledText:
         return sha256_json([self.name, self.train, self.test])
 
 
+def load_all(probing: Probing, seed: int) -> list[LabelledText]:
+    """All datasets of `probing`, whose names must differ: scores are told apart by them."""
+    data = [load_labelled(name, probing, seed) for name in probing.datasets]
+    names = [one.name for one in data]
+    for given, name in zip(probing.datasets, names, strict=True):
+        if names.count(name) > 1:
+            raise UserError(
+                f"two of the probing datasets, {given} one of them, are named {name}; give each once, and folders "
+                "different names"
+            )
+    return data
+
+
 def load_labelled(name: str, probing: Probing, seed: int) -> LabelledText:
     """The dataset `name` with `train_per_class` and `test_per_class` texts a class, drawn by the seed."""
     if name in sae_probes.DATASETS:
@@ -53,6 +66,11 @@ def load_labelled(name: str, probing: Probing, seed: int) -> LabelledText:
     hub_name, _, revision = name.partition("@")
     if hub_name in saebench_text.NAMES:
         sizes = (probing.train_per_class, probing.test_per_class)
+        if hub_name in saebench_text.HALVED and any(size % 2 for size in sizes):
+            raise UserError(
+                f"dataset {hub_name}: half of a class's texts are of either group; give even numbers of training and "
+                f"test texts, not {sizes[0]} and {sizes[1]}"
+            )
         train, test, found = saebench_text.select(hub_name, *sizes, seed, revision or None)
         counts = {label: len(train[label]) + len(test[label]) for label in train}
         return _checked(LabelledText(hub_name, train, test, found), probing, counts)

@@ -117,7 +117,16 @@ class LanguageModel:
         self.blocks = find_blocks(self.model, self.model.config.num_hidden_layers)
         if max(self.layers) >= len(self.blocks):
             raise UserError(f"layer {max(self.layers)} of {model}: it has layers 0 to {len(self.blocks) - 1}")
+        if self.positions is not None and context > self.positions:
+            raise UserError(
+                f"context {context} is more than {model} has positions for: it takes at most {self.positions}"
+            )
         self.tokenizer_hash = sha256_json([self.tokenizer.backend_tokenizer.to_str(), self.special_ids, self.begin_id])
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model has positions for; None where it does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
 
     @property
     def width(self) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 
 from fipo.data.text import load_hub, load_local, newest_revision
 from fipo.errors import UserError
+from fipo.progress import say
 
 Classes = dict[str, list[str]]
 Splits = tuple[Classes, Classes]
@@ -105,8 +106,9 @@ def _drawn(
 def _github(read: Reader, name: str, train: int, test: int, seed: int) -> Splits:
     found: Classes = {language: [] for language in _LANGUAGES}
     for record in read(name, "train", None):
-        if record["language"] in found and len(record["code"]) > _SHORTEST_CODE:
-            found[record["language"]].append(record["code"][_LICENCE_HEADER:])
+        language, code = _value(name, record, "language"), _value(name, record, "code")
+        if language in found and len(code or "") > _SHORTEST_CODE:
+            found[language].append(code[_LICENCE_HEADER:])
             if min(map(len, found.values())) > train + test:
                 break
     return _shuffled_and_cut(found, train, test, seed)
@@ -117,7 +119,7 @@ def _europarl(read: Reader, name: str, train: int, test: int, seed: int) -> Spli
     for language, pair in _EUROPARL.items():
         found[language] = []
         for record in read(name, "train", pair):
-            found[language].append(record["translation"][language])
+            found[language].append(_value(name, record, "translation", language))
             if len(found[language]) > train + test:
                 break
     return _shuffled_and_cut(found, train, test, seed)
@@ -148,12 +150,35 @@ def _table(read: Reader, source: str, split: str, columns: tuple[str, ...]) -> A
     """The wanted columns of a split as a data frame, in the order of the files."""
     import pandas
 
-    rows = [tuple(record[column] for column in columns) for record in read(source, split, None)]
+    rows = [tuple(_value(source, record, column) for column in columns) for record in read(source, split, None)]
     return pandas.DataFrame(rows, columns=list(columns))
 
 
+def _value(source: str, record: dict[str, Any], *keys: str) -> Any:
+    """What a record holds under these keys, one inside the other."""
+    value: Any = record
+    for key in keys:
+        if not isinstance(value, dict) or key not in value:
+            raise UserError(
+                f"dataset {source}: a record has the columns {', '.join(record)}, and no {'.'.join(keys)}; it is not "
+                "what SAEBench reads"
+            )
+        value = value[key]
+    return value
+
+
 def _records(revision: str | None, source: str, split: str, config: str | None) -> Iterator[dict[str, Any]]:
-    """The records of a split: from a local folder in the hub's layout, or from the hub."""
+    """The records of a split; one line where they break off."""
+    try:
+        yield from _stream(revision, source, split, config)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises many kinds for a damaged file or a stream that breaks off
+        raise UserError(f"dataset {source}, split {split}, broke off ({type(error).__name__}): {error}") from error
+
+
+def _stream(revision: str | None, source: str, split: str, config: str | None) -> Iterator[dict[str, Any]]:
+    """From a local folder in the hub's layout, or from the hub."""
     folder = _local(source)
     if folder is not None:
         inside = folder / config if config else folder
@@ -188,6 +213,8 @@ _BUILDERS: dict[str, Callable[[Reader, str, int, int, int], Splits]] = {
     "fancyzhx/ag_news": _ag_news,
     "Helsinki-NLP/europarl": _europarl,
 }
+HALVED = (*_BIOS, _AMAZON)
+"""Those of which half of a class's texts are of either group."""
 NAMES = tuple(_BUILDERS)
 """In SAEBench's order."""
 
@@ -198,9 +225,15 @@ def select(
     """Training and test texts of every class of the dataset `name`, `train` and `test` a class, and the revision they
     are from (None for a local folder). Without a revision the hub's newest is taken, the same for all its files."""
     source = _SOURCES.get(name, name)
-    if _local(source) is not None:
+    if (folder := _local(source)) is not None:
+        if revision is not None:
+            say(f"warning: dataset {source} is read from {folder}, whose revision is not known to be {revision}")
         revision = None
     elif revision is None:
         revision = newest_revision(source)
     chosen, tested = _BUILDERS[name](functools.partial(_records, revision), name, train, test, seed)
+    for classes in (chosen, tested):
+        for label, texts in classes.items():
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(f"dataset {source}: class {label} holds what is no text; repair the local files")
     return chosen, tested, revision
