@@ -101,16 +101,20 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(given: argparse.Namespace) -> None:
-    from fipo import compare, pareto
+    from fipo import compare, pareto, suite_table
 
     files = [path for path in given.paths if path.suffix == ".json"]
     folders = [path for path in given.paths if path not in files]
     if files and not given.picture:
         raise UserError(f"{files[0]} is a file; give folders for the table, or --picture OUT.png to draw it")
     points = [point for file in files for point in pareto.ground_truth_points(file)] if given.picture else []
-    if folders:
-        sys.stdout.write(compare.report(folders))
-        points += compare.pareto_points(folders) if given.picture else []
+    suite = [folder for folder in folders if suite_table.holds_suite(folder)]
+    others = [folder for folder in folders if folder not in suite]
+    if suite:
+        sys.stdout.write(suite_table.suite_report(suite))
+    if others:
+        sys.stdout.write(compare.report(others))
+        points += compare.pareto_points(others) if given.picture else []
     if given.picture:
         if not points:
             raise UserError("--picture needs run folders or results of benchmarks/ground_truth.py; none was given")

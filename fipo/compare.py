@@ -21,7 +21,7 @@ from fipo.names import SPARSITY, additions, flat
 from fipo.pareto import Point
 from fipo.randomness import generator_for
 from fipo.report import FINAL, OUTCOMES
-from fipo.results import OUTCOMES_SUFFIX, RESULT_SUFFIX, SUITE_RESULT_SUFFIX, read_probe_result, read_result
+from fipo.results import OUTCOMES_SUFFIX, RESULT_SUFFIX, read_probe_result, read_result
 from fipo.saebench import overall_metrics
 from fipo.uncertainty import Answers, Interval, bootstrap
 from fipo.yamlfile import read_yaml
@@ -95,8 +95,6 @@ def read_results(folder: Path) -> list[Result]:
         run, seed = sae.get("run") or sae["name"], sae.get("seed") or 0
         record = {**record, "workload": "-"}
         found.append(Result(run, "", seed, sae["layer"], record, folder / beside, _origin(record), {}))
-    if not found and any(folder.glob(f"*{SUITE_RESULT_SUFFIX}")):
-        raise UserError(f"{folder} holds results of the suite sae-probes, which `fipo compare` does not read")
     if not found:
         raise UserError(f"{folder} holds no {FINAL} and no *{RESULT_SUFFIX}: finish the run, or leave it out")
     return found

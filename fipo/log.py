@@ -20,13 +20,15 @@ from fipo.train import StepReport
 
 SIGMA_QUANTILES = (0.1, 0.5, 0.9, 0.99)
 HISTOGRAM_BINS = 50
+COSINE_ROWS = 1024
+"""Latents, evenly spaced, whose largest cosine with any other is logged."""
 
 
 def log_line(state: TrainState, step: StepReport, layer: int, tokens_per_second: float) -> dict[str, Any]:
     """All loss terms, L0, FVU, dead latents, σ quantiles, cosines and candidate pairs after a step."""
     workload = state.config.workload
-    cosines_F = max_cosines(state.sae.dec_FD).float()
-    quantiles = torch.tensor(SIGMA_QUANTILES, device=cosines_F.device)
+    cosines_N = max_cosines(state.sae.dec_FD, rows=COSINE_ROWS).float()
+    quantiles = torch.tensor(SIGMA_QUANTILES, device=cosines_N.device)
     return {
         "step": state.step,
         "tokens": state.step * workload.batch_tokens,
@@ -37,8 +39,8 @@ def log_line(state: TrainState, step: StepReport, layer: int, tokens_per_second:
         "l0": step.l0,
         "dead_share": (state.importance.silent_tokens_F >= workload.dead_tokens).double().mean().item(),
         "sigma_quantiles": state.importance.values().quantile(quantiles).tolist(),
-        "mean_max_cosine": cosines_F.mean().item(),
-        "max_cosine_histogram": torch.histc(cosines_F.clamp(0, 1), HISTOGRAM_BINS, min=0, max=1).int().tolist(),
+        "mean_max_cosine": cosines_N.mean().item(),
+        "max_cosine_histogram": torch.histc(cosines_N.clamp(0, 1), HISTOGRAM_BINS, min=0, max=1).int().tolist(),
         "candidate_pairs": state.pairs_P2.shape[0],
         "learning_rate": learning_rate(state.config, state.step - 1),
         "tokens_per_second": tokens_per_second,

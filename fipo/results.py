@@ -39,6 +39,13 @@ _PROBED: dict[str, Any] = {
 }
 
 
+_SUITE: dict[str, Any] = {
+    "sae": {"name": str, "layer": int},
+    **{key: _RUN[key] for key in ("git_revision", "hardware")},
+    **{"mean": {"sae": dict}, "results": dict},
+}
+
+
 def read_result(folder: Path) -> dict[str, Any]:
     """The record of the finished run in `folder`; a missing or damaged one is a `UserError`."""
     file = folder / FINAL
@@ -71,6 +78,29 @@ def read_probe_result(file: Path) -> dict[str, Any]:
                 _check(file, f"sae.{key}", record["sae"][key], kind)
     except UserError as error:
         raise UserError(f"{file} is no result of `fipo probe`: {str(error).removeprefix(f'{file}: ')}") from error
+    return record
+
+
+def read_suite_result(file: Path) -> dict[str, Any]:
+    """A result of `fipo probe --suite sae-probes`; a damaged one, or something else, is a `UserError`."""
+    record = read_json(file)
+    try:
+        _check(file, "", record, _SUITE)
+        for key, kind in (("run", str), ("seed", int)):
+            if record["sae"].get(key) is not None:
+                _check(file, f"sae.{key}", record["sae"][key], kind)
+        ks = list(record["mean"]["sae"])
+        for key in ks:
+            _check(file, "mean.sae, a k", int(key) if key.isdecimal() else key, int)
+        wanted = {
+            who: {k: dict.fromkeys(("accuracy", "auc", "f1"), SHARE) for k in ks} for who in ("sae", "llm", "random")
+        }
+        for name in record["results"]:
+            _check(file, f"results.{name}", record["results"][name], wanted)
+        _check(file, "results", list(record["results"]), [str])
+    except UserError as error:
+        told = str(error).removeprefix(f"{file}: ")
+        raise UserError(f"{file} is no result of `fipo probe --suite sae-probes`: {told}") from error
     return record
 
 

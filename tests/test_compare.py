@@ -148,9 +148,3 @@ def test_answers_of_another_shape_are_damage(tmp_path):
         UserError, match=r"probing_outcomes.safetensors is damaged: topics/sae_top_1/right_TM has \(2, 3\)"
     ):
         report(folders)
-
-
-def test_results_of_the_second_suite_are_told_apart(tmp_path):
-    (tmp_path / "x_sae_probes_results.json").write_text("{}")
-    with pytest.raises(UserError, match="results of the suite sae-probes, which `fipo compare` does not read"):
-        report([tmp_path])

@@ -51,8 +51,8 @@ def test_what_is_not_compared_is_part_of_a_config():
 
 def test_the_table_names_them(tmp_path):
     folders = []
-    for name, config, fvu in (("plain", PLAIN, 0.2), ("ortsae", ORTSAE, 0.3), ("plain again", PLAIN, 0.4)):
-        folders.append(finished(tmp_path / name, "run_8", 1, fvu))
+    for seed, (name, config, fvu) in enumerate((("a", PLAIN, 0.2), ("ortsae", ORTSAE, 0.3), ("b", PLAIN, 0.4))):
+        folders.append(finished(tmp_path / name, "run_8", seed, fvu))
         write_yaml(folders[-1] / "config.yaml", config)
     rows = {line.split(" | ")[1]: line for line in report(folders).splitlines() if line.startswith("| minilm")}
     assert "| 0.300 ± 0.141 |" in rows["run_8, penalty off"]

@@ -14,7 +14,7 @@ TEXTS = ["first text", "second text", "third text"]
 
 
 def text(source, **changes):
-    given = {"source": str(source), "tokens": 1, "held_out_tokens": 1, "packed": False}
+    given = {"source": str(source), "tokens": 1, "held_out_tokens": 2, "packed": False}
     return Text(**given | changes)
 
 

@@ -1,0 +1,126 @@
+"""Results of the second suite side by side, as Markdown made from their result files alone.
+
+Results of one name and layer are seeds of one another: the table gives mean ± standard deviation over them. Below it
+each is set against the one given first, dataset by dataset: a dataset's difference is the mean over the seeds that both
+have, and the standard error is over the datasets, which says what other datasets would change, not what other trainings
+would. Reads the folders that `fipo probe --suite sae-probes --out` writes.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fipo.errors import UserError
+from fipo.results import SUITE_RESULT_SUFFIX, read_suite_result
+
+METRICS = {"accuracy": "accuracy", "auc": "AUC", "f1": "F1"}
+CONTROLS = {"llm": "channels of the model", "random": "random SAE"}
+
+Scores = dict[str, dict[str, dict[str, dict[str, Any]]]]
+"""dataset -> `sae`, `llm` or `random` -> k -> metric -> value"""
+
+
+class Result(NamedTuple):
+    """One SAE, as its result file tells."""
+
+    run: str
+    seed: int
+    layer: int
+    scores: Scores
+    ks: list[int]
+    origin: str
+
+
+def holds_suite(folder: Path) -> bool:
+    """Does the folder hold results of this suite?"""
+    return any(folder.glob(f"*{SUITE_RESULT_SUFFIX}"))
+
+
+def suite_report(folders: Sequence[Path]) -> str:
+    """The table of all results in `folders`, the differences from the first, and where the numbers come from."""
+    results = [_read(file) for folder in folders for file in sorted(folder.glob(f"*{SUITE_RESULT_SUFFIX}"))]
+    _refuse_what_differs(results)
+    seeds = {run: sorted({one.seed for one in results if one.run == run}) for run in {one.run: None for one in results}}
+    told = "; ".join(f"{run}: {', '.join(map(str, of))}" for run, of in seeds.items())
+    notes = f"Mean ± standard deviation over seeds ({told}); differences ± standard error over the datasets."
+    origins = "\n".join(f"- {origin}" for origin in sorted({one.origin for one in results}))
+    made = "Made by `fipo compare` from result files of:\n"
+    return "\n".join([*_table(results), *_differences(results), f"{notes} {made}", origins]) + "\n"
+
+
+def _read(file: Path) -> Result:
+    record = read_suite_result(file)
+    sae, origin = record["sae"], f"git {record['git_revision'][:12]}, {record['hardware']['cpu']}"
+    ks = [int(k) for k in record["mean"]["sae"]]
+    return Result(sae.get("run") or sae["name"], sae.get("seed") or 0, sae["layer"], record["results"], ks, origin)
+
+
+def _refuse_what_differs(results: Sequence[Result]) -> None:
+    seen = set()
+    for one in results:
+        which = f"{one.run}, seed {one.seed}, layer {one.layer}"
+        if which in seen:
+            raise UserError(f"the result of {which} is given twice; leave one out")
+        if (one.ks, one.scores.keys()) != (results[0].ks, results[0].scores.keys()):
+            raise UserError(f"the result of {which} has other datasets or k than the first; compare them apart")
+        seen.add(which)
+
+
+def _table(results: Sequence[Result]) -> list[str]:
+    rows = {(run, layer, "sae"): group for (run, layer), group in _grouped(results).items()}
+    for who, title in CONTROLS.items():
+        for layer in sorted({one.layer for one in results}):
+            rows[title, layer, who] = [one for one in results if one.layer == layer]
+    lines = _head(f"{len(results[0].scores)} datasets", results)
+    for (name, layer, who), group in rows.items():
+        cells = (_spread([_mean(one, who, *column) for one in group]) for column in _columns(results))
+        lines.append(f"| {name} | {layer} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _differences(results: Sequence[Result]) -> list[str]:
+    base, lines = results[0].run, []
+    for (run, layer), group in _grouped(results).items():
+        first = {one.seed: one for one in results if (one.run, one.layer) == (base, layer)}
+        pairs = [(one, first[one.seed]) for one in group if run != base and one.seed in first]
+        if pairs:
+            cells = (_difference(pairs, *column) for column in _columns(results))
+            lines.append(f"| {run} - {base} | {layer} | {' | '.join(cells)} |")
+    return [*_head("difference", results), *lines, ""] if lines else []
+
+
+def _grouped(results: Sequence[Result]) -> dict[tuple[str, int], list[Result]]:
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for one in results:
+        groups.setdefault((one.run, one.layer), []).append(one)
+    return groups
+
+
+def _columns(results: Sequence[Result]) -> list[tuple[int, str]]:
+    return [(k, metric) for metric in METRICS for k in results[0].ks]
+
+
+def _head(first: str, results: Sequence[Result]) -> list[str]:
+    columns = _columns(results)
+    heads = " | ".join(f"{METRICS[metric]}, k {k}" for k, metric in columns)
+    return [f"| {first} | layer | {heads} |", "|---" * (2 + len(columns)) + "|"]
+
+
+def _mean(one: Result, who: str, k: int, metric: str) -> float:
+    return statistics.fmean(scores[who][str(k)][metric] for scores in one.scores.values())
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def _difference(pairs: Sequence[tuple[Result, Result]], k: int, metric: str) -> str:
+    by_dataset = [
+        statistics.fmean(
+            a.scores[name]["sae"][str(k)][metric] - b.scores[name]["sae"][str(k)][metric] for a, b in pairs
+        )
+        for name in pairs[0][0].scores
+    ]
+    error = f" ± {statistics.stdev(by_dataset) / len(by_dataset) ** 0.5:.3f}" if len(by_dataset) > 1 else ""
+    return f"{statistics.fmean(by_dataset):+.3f}{error}"
