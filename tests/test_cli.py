@@ -281,7 +281,9 @@ def test_suite_of_sae_probes(saved, capsys):
     assert len(record["results"]["1_topic"]["llm"]["2"]["latents"]) == 2
     capsys.readouterr()
     (out / "other_sae_probes_results.json").unlink()
+    written = {file: file.stat().st_mtime_ns for file in out.iterdir()}
     assert main(arguments) == 0, "what was stopped goes on"
+    assert written and all(file.stat().st_mtime_ns == time for file, time in written.items())
     shown_again, told = capsys.readouterr()
     assert shown_again == shown and "last tokens" in told
     assert json.loads((out / "other_sae_probes_results.json").read_text())["results"]
