@@ -1,6 +1,7 @@
 """Result files, read as what others may have written: the record of a run or a probing, or one clear line why not."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,38 +71,42 @@ def read_result(folder: Path) -> dict[str, Any]:
 def read_probe_result(file: Path) -> dict[str, Any]:
     """A result of `fipo probe`; a damaged one, or something else, is a `UserError`."""
     record = read_json(file)
-    try:
+    with _refused_as(file, "result of `fipo probe`"):
         _check(file, "", record, _PROBED)
+        _check_trained(file, record["sae"])
         _check_accuracies(file, "", record)
-        for key, kind in (("run", str), ("seed", int)):
-            if record["sae"].get(key) is not None:
-                _check(file, f"sae.{key}", record["sae"][key], kind)
-    except UserError as error:
-        raise UserError(f"{file} is no result of `fipo probe`: {str(error).removeprefix(f'{file}: ')}") from error
     return record
 
 
 def read_suite_result(file: Path) -> dict[str, Any]:
     """A result of `fipo probe --suite sae-probes`; a damaged one, or something else, is a `UserError`."""
     record = read_json(file)
-    try:
+    with _refused_as(file, "result of `fipo probe --suite sae-probes`"):
         _check(file, "", record, _SUITE)
-        for key, kind in (("run", str), ("seed", int)):
-            if record["sae"].get(key) is not None:
-                _check(file, f"sae.{key}", record["sae"][key], kind)
+        _check_trained(file, record["sae"])
         ks = list(record["mean"]["sae"])
         for key in ks:
             _check(file, "mean.sae, a k", int(key) if key.isdecimal() else key, int)
-        wanted = {
-            who: {k: dict.fromkeys(("accuracy", "auc", "f1"), SHARE) for k in ks} for who in ("sae", "llm", "random")
-        }
+        of_each = {k: dict.fromkeys(("accuracy", "auc", "f1"), SHARE) for k in ks}
         for name in record["results"]:
-            _check(file, f"results.{name}", record["results"][name], wanted)
+            _check(file, f"results.{name}", record["results"][name], dict.fromkeys(("sae", "llm", "random"), of_each))
         _check(file, "results", list(record["results"]), [str])
-    except UserError as error:
-        told = str(error).removeprefix(f"{file}: ")
-        raise UserError(f"{file} is no result of `fipo probe --suite sae-probes`: {told}") from error
     return record
+
+
+@contextlib.contextmanager
+def _refused_as(file: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{file} is no {what}: {str(error).removeprefix(f'{file}: ')}") from error
+
+
+def _check_trained(file: Path, sae: dict[str, Any]) -> None:
+    """Run and seed are null for an SAE from elsewhere."""
+    for key, kind in (("run", str), ("seed", int)):
+        if sae.get(key) is not None:
+            _check(file, f"sae.{key}", sae[key], kind)
 
 
 def _check_accuracies(file: Path, path: str, record: dict[str, Any]) -> None:
