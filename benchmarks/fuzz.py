@@ -9,6 +9,8 @@ are exceptions of any other kind, reads of more than 5 s of processor time or 1 
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import mmap
@@ -38,7 +40,7 @@ import toys  # noqa: E402
 import yaml  # noqa: E402
 
 from benchmarks.common import publish  # noqa: E402
-from fipo import checkpoint, results, runs  # noqa: E402
+from fipo import checkpoint, compare, report, results, runs, saved, suite_table  # noqa: E402
 from fipo.activations import build_activation  # noqa: E402
 from fipo.config import Probing, Text  # noqa: E402
 from fipo.data import store  # noqa: E402
@@ -232,6 +234,115 @@ class Result(Target):
         return said == value and finite and all(0 <= share <= 1 for share in shares)
 
 
+class Compared(Result):
+    """The record of a finished run, made into the tables of `fipo compare`."""
+
+    name, share = "compared", 2.0
+
+    def make(self, folder: Path) -> list[Path]:
+        """With controls."""
+        (file,) = super().make(folder)
+        record = json.loads(file.read_text(encoding="utf-8"))
+        for layer in record["layers"].values():
+            layer["eval_result_controls"] = _controls()
+            layer |= {"k": None, "sparsity_penalty": 0.01, "eval_result_unstructured": {}}
+        record["architecture"] = "relu"
+        file.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        return [file]
+
+    def read(self, folder: Path) -> Any:
+        """The tables, and the record that they are of."""
+        compare.report([folder])
+        record = super().read(folder)
+        if all("eval_result_controls" in layer for layer in record["layers"].values()):
+            with contextlib.redirect_stdout(io.StringIO()):
+                report.print_results(folder)
+        return record
+
+
+class Probed(Target):
+    """A result of `fipo probe`, in the table of `fipo compare`."""
+
+    name, share = "probe result", 2.0
+
+    def make(self, folder: Path) -> list[Path]:
+        """Of an SAE of a run."""
+        scores = {f"{who}_top_{k}_test_accuracy": 0.75 for who in ("llm", "sae") for k in (1, 5)}
+        record = {
+            "sae": {"name": "run_3/layer_1", "layer": 1, "run": "run_3", "seed": 1},
+            **{"git_revision": "abc", "versions": {"torch": "2"}, "hardware": {"cpu": "x"}},
+            "eval_config": {"dataset_names": ["a", "b"], "k_values": [1, 5]},
+            "eval_result_metrics": {w: {n: v for n, v in scores.items() if n.startswith(w)} for w in ("llm", "sae")},
+            "eval_result_details": [{"dataset_name": f"{name}_results", **scores} for name in "ab"],
+            "eval_result_controls": _controls(),
+        }
+        file = folder / f"x{results.RESULT_SUFFIX}"
+        file.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        return [file]
+
+    def read(self, folder: Path) -> Any:
+        """The table."""
+        return compare.report([folder])
+
+    def right(self, folder: Path, value: Any) -> bool:
+        """It has a row for the one SAE, with accuracies that are shares."""
+        rows = [line.split("|") for line in value.splitlines() if line.startswith("| - |")]
+        cells = [cell for cell in rows[0][4:-1] if cell.strip() != "-"] if len(rows) == 1 else ["2"]
+        return all(0 <= float(cell) <= 1 for cell in cells)
+
+
+class Suite(Target):
+    """A result of the second suite, in its table."""
+
+    name, share = "suite result", 2.0
+
+    def make(self, folder: Path) -> list[Path]:
+        """Of two datasets."""
+        scores = {"1": {"accuracy": 0.7, "auc": 0.75, "f1": 0.6}, "2": {"accuracy": 0.8, "auc": 0.85, "f1": 0.7}}
+        record = {
+            "sae": {"name": "x", "layer": 1, "run": None, "seed": None},
+            **{"git_revision": "abc", "hardware": {"cpu": "x"}, "mean": {"sae": scores}},
+            "results": {name: dict.fromkeys(("sae", "llm", "random"), scores) for name in "ab"},
+        }
+        file = folder / f"x{results.SUITE_RESULT_SUFFIX}"
+        file.write_text(json.dumps(record, indent=1), encoding="utf-8")
+        return [file]
+
+    def read(self, folder: Path) -> Any:
+        """The table."""
+        return suite_table.suite_report([folder])
+
+    def right(self, folder: Path, value: Any) -> bool:
+        """Three rows of shares: the SAE and two controls."""
+        rows = [line.split("|")[3:-1] for line in value.splitlines() if line.startswith("|")][2:]
+        return len(rows) == 3 and all(0 <= float(cell.split("±")[0]) <= 1 for row in rows for cell in row)
+
+
+class Metadata(Target):
+    """What the cfg.json of an SAE says of the model that it reads."""
+
+    name, share = "SAE's model", 2.0
+
+    def make(self, folder: Path) -> list[Path]:
+        """Beside a run's config."""
+        metadata = {"model_name": "m", "hook_name": "blocks.1.hook_resid_post", "hook_layer": 1, "context_size": 16}
+        (folder / "layer_1").mkdir()
+        (folder / "layer_1" / "cfg.json").write_text(json.dumps({"metadata": metadata}, indent=1), encoding="utf-8")
+        (folder / "config.yaml").write_text("run: run_3\nseed: 1\nworkload:\n  dtype: float32\n", encoding="utf-8")
+        return [folder / "layer_1" / "cfg.json", folder / "layer_1" / "cfg.json", folder / "config.yaml"]
+
+    def read(self, folder: Path) -> Any:
+        """The SAE found."""
+        return saved.find_saved([folder / "layer_1"])[0]
+
+    def right(self, folder: Path, value: Any) -> bool:
+        """A layer, and of the model what is of its type."""
+        metadata = value.config["metadata"]
+        context = metadata.get("context_size")
+        named = isinstance(metadata.get("model_name"), str | None)
+        return value.layer >= 0 and named and (context is None or (type(context) is int and context > 0))
+
+
 class Log(Target):
     """The training log."""
 
@@ -300,7 +411,14 @@ class Training(Target):
         return all(isinstance(text, str) and text for text in value)
 
 
-TARGETS = [Config(), Sae(), Checkpoint(), Shards(), Result(), Log(), Labelled(), Training()]
+TARGETS = [Config(), Sae(), Metadata(), Checkpoint(), Shards(), Result(), Compared(), Probed(), Suite()]
+TARGETS += [Log(), Labelled(), Training()]
+
+
+def _controls() -> dict[str, Any]:
+    scores = {f"{who}_top_{k}_test_accuracy": 0.6 for who in ("pca", "random") for k in (1, 5)}
+    margins = {f"top_{k}": {"difference": 0.1, "standard_error": 0.01} for k in (1, 5)}
+    return {"mean": scores, "datasets": dict.fromkeys("ab", scores), "margin_over_random": margins}
 
 
 def _numbers(value: Any) -> list[float]:

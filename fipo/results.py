@@ -143,7 +143,7 @@ def _check_controls(file: Path, path: str, record: dict[str, Any]) -> None:
             _check(file, f"{path}.datasets.{dataset}.{name}", value, SHARE)
     for k in record["eval_config"]["k_values"]:
         margin = controls["margin_over_random"].get(f"top_{k}")
-        _check(file, f"{path}.margin_over_random.top_{k}", margin, {"difference": float, "standard_error": float})
+        _check(file, f"{path}.margin_over_random.top_{k}", margin, {"difference": float, "standard_error": MEASURE})
 
 
 def _check(file: Path, path: str, value: Any, kind: Any) -> None:

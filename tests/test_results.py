@@ -91,6 +91,7 @@ CONTROLS = {
         ({"datasets": {}}, "datasets.a is None; expected dict"),
         ({"margin_over_random": {}}, "margin_over_random.top_1 is None"),
         ({"margin_over_random": CONTROLS["margin_over_random"] | {"top_5": {"difference": 0}}}, "top_5.standard_error"),
+        ({"margin_over_random": {"top_1": {"difference": 0.1, "standard_error": -1}}}, "top_1.standard_error is -1"),
     ],
 )
 def test_controls_are_whole_where_there_are_any(tmp_path, change, text):

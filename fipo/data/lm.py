@@ -126,7 +126,8 @@ class LanguageModel:
     @property
     def positions(self) -> int | None:
         """Tokens that the model has positions for; None where it does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        return most if isinstance(most, int) and most > 0 else None
 
     @property
     def width(self) -> int:
