@@ -27,7 +27,7 @@ class Text:
     tokens: int
     """Content tokens to harvest; training passes over them again when it needs more."""
     held_out_tokens: int
-    """Content tokens harvested after those, never trained on, for the final FVU, L0 and dead latents."""
+    """Content tokens of the first rows of the text, never trained on, for the final FVU, L0 and dead latents."""
     packed: bool
     """True: documents are joined into full contexts (decoders). False: one document a row, cut at the context."""
     cached: bool = True

@@ -83,14 +83,14 @@ class SAE(nn.Module):
 
     def encode(self, acts_BD: Tensor) -> Tensor:
         """Codes [B, F] of model activations; B may be several dimensions, or none."""
-        flat_BD = acts_BD.reshape(-1, acts_BD.shape[-1])
+        flat_BD = acts_BD.reshape(-1, self.d_in)
         codes_BF = self.activation(self.pre_codes(self.standardise(flat_BD)))
-        return codes_BF.view(*acts_BD.shape[:-1], -1)
+        return codes_BF.view(*acts_BD.shape[:-1], self.latents)
 
     def decode(self, codes_BF: Tensor) -> Tensor:
         """Model activations [B, D] of codes; B as there."""
-        acts_BD = self.reconstruct(codes_BF.reshape(-1, codes_BF.shape[-1])) / self.scale + self.mean_D
-        return acts_BD.view(*codes_BF.shape[:-1], -1)
+        acts_BD = self.reconstruct(codes_BF.reshape(-1, self.latents)) / self.scale + self.mean_D
+        return acts_BD.view(*codes_BF.shape[:-1], self.d_in)
 
     def forward(self, acts_BD: Tensor) -> Tensor:
         """decode(encode(acts))."""

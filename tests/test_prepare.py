@@ -22,9 +22,16 @@ def text(source, **changes):
     return Text(**given | changes)
 
 
-def stream(lm, packed):
-    rows = (lm.packed_rows if packed else lm.token_rows)(tiny.sentences(150, seed=1))
-    return torch.cat([chunk.acts_NLD for chunk in harvest(lm, rows)])
+def parts(lm, packed):
+    """Activations of the first rows that hold `HELD` content tokens, and of the next that hold `TOKENS`; cut there."""
+    rows = list((lm.packed_rows if packed else lm.token_rows)(tiny.sentences(150, seed=1)))
+    ends = torch.tensor([sum(token not in lm.special_ids for token in row) for row in rows]).cumsum(0)
+    held = int((ends < HELD).sum()) + 1
+    trained = held + int((ends[held:] - ends[held - 1] < TOKENS).sum()) + 1
+    found = []
+    for chosen, tokens in ((rows[:held], HELD), (rows[held:trained], TOKENS)):
+        found.append(torch.cat([chunk.acts_NLD for chunk in harvest(lm, chosen)])[:tokens])
+    return found
 
 
 @pytest.fixture
@@ -42,24 +49,38 @@ def silent(monkeypatch):
 
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize(("architecture", "packed"), [("bert", False), ("gpt_neox", True)])
-def test_first_tokens_are_held_out_and_the_next_trained(load_lm, text_folder, architecture, packed, cached):
+def test_first_rows_are_held_out_and_the_next_trained_over_and_over(load_lm, text_folder, architecture, packed, cached):
     lm = load_lm(architecture)
     held_out, source = training_activations(text(text_folder, packed=packed, cached=cached), lm)
-    expected_NLD = stream(lm, packed)
-    assert held_out.tokens == HELD and torch.equal(held_out.read(0, HELD), expected_NLD[:HELD])
-    taken = torch.cat([source.take(50) for _ in range(10)])[:TOKENS]
-    assert torch.equal(taken[:TOKENS], expected_NLD[HELD : HELD + TOKENS][: len(taken)]) and len(taken) > 150
+    held_NLD, trained_NLD = parts(lm, packed)
+    assert len(held_NLD) == HELD and len(trained_NLD) == TOKENS
+    assert held_out.tokens == HELD and held_out.read(0, HELD).equal(held_NLD)
+    taken, count = [], 0
+    while count < 2 * TOKENS + 50:
+        taken.append(source.take(70))
+        count += len(taken[-1])
+    assert torch.cat(taken).equal(torch.cat([trained_NLD] * 3)[:count])
 
 
-def test_live_source_begins_again_behind_the_held_out_tokens(load_lm, text_folder):
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_stream_is_taken_up_anywhere(load_lm, text_folder, cached):
     lm = load_lm("bert")
-    _, source = training_activations(text(text_folder, cached=False), lm)
-    expected_NLD = stream(lm, packed=False)[HELD:]
-    count, parts = 0, []
-    while count < len(expected_NLD) + 50:
-        parts.append(source.take(70))
-        count += len(parts[-1])
-    assert torch.equal(torch.cat(parts)[:count], torch.cat([expected_NLD, expected_NLD])[:count])
+    _, trained_NLD = parts(lm, packed=False)
+    _, source = training_activations(text(text_folder, cached=cached), lm)
+    for position in (0, 1, 150, TOKENS - 1):
+        source.seek(position)
+        assert source.take(1).equal(trained_NLD[position : position + 1])
+
+
+def test_held_out_text_is_as_long_as_the_text_trained_on(load_lm, tmp_path):
+    """Of rows sorted by length the first would be the shortest."""
+    lm = load_lm("bert")
+    lines = [" ".join(["moon", "star", "tree"] * (1 + number % 4)) for number in range(400)]
+    tiny.write_parquet(tmp_path / "train.parquet", {"text": lines})
+    held_out, source = training_activations(text(tmp_path, held_out_tokens=300, tokens=1200), lm)
+    lengths = [store.texts().unique_consecutive(return_counts=True)[1] for store in (held_out, source.store)]
+    assert lengths[0].max() == lengths[1].max() and lengths[0].min() == lengths[1].min() < lengths[1].max() / 2
+    assert lengths[0].double().mean() == pytest.approx(lengths[1].double().mean().item(), rel=0.05)
 
 
 def test_cached_activations_are_found_again(load_lm, text_folder, silent):

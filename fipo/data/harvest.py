@@ -54,6 +54,14 @@ def harvest(
             skip = 0
 
 
+def first_rows(rows: Iterator[list[int]], lm: LanguageModel, tokens: int) -> Iterator[list[int]]:
+    """Rows until they hold so many content tokens together; `rows` then goes on behind them."""
+    special, count = set(lm.special_ids), 0
+    while count < tokens and (row := next(rows, None)) is not None:
+        count += sum(token not in special for token in row)
+        yield row
+
+
 def _windows(rows: Iterable[list[int]], size: int) -> Iterator[tuple[int, list[list[int]]]]:
     """Up to `size` rows at a time with the number of the first."""
     first, held = 0, []

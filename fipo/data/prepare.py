@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fipo.config import Text
 from fipo.data.buffer import ActivationSource, LiveSource, StoredSource
-from fipo.data.harvest import Chunk, harvest
+from fipo.data.harvest import Chunk, first_rows, harvest
 from fipo.data.labelled import LabelledText
 from fipo.data.lm import LanguageModel
 from fipo.data.store import ActivationStore, open_or_harvest
@@ -22,23 +22,30 @@ from fipo.progress import progress
 
 
 def training_activations(text: Text, lm: LanguageModel) -> tuple[ActivationStore, ActivationSource]:
-    """Held-out activations and the stream to train on: the first tokens of the text are held out, the next trained."""
+    """Held-out activations and the stream to train on: the first rows of the text are held out, as many as hold the
+    tokens asked for, and the next trained. A row is never in both, and rows are taken before any is sorted by length:
+    held-out text is as long as the text trained on."""
     source = open_text(text)
     key = _key(lm, source.fingerprint, text.packed)
     held, tokens = text.held_out_tokens, text.tokens
 
-    def produce(skip: int) -> Iterator[Chunk]:
-        rows = (lm.packed_rows if text.packed else lm.token_rows)(source.texts())
-        return harvest(lm, rows, skip=skip)
+    def rows() -> Iterator[list[int]]:
+        return (lm.packed_rows if text.packed else lm.token_rows)(source.texts())
 
-    def shown(title: str, skip: int, total: int) -> Iterator[Chunk]:
-        return _with_progress(title, produce(skip), total)
+    def held_out() -> Iterator[Chunk]:
+        return _with_progress("held-out", harvest(lm, first_rows(rows(), lm, held)), held)
 
-    store = open_or_harvest({**key, "from": 0, "tokens": held}, lambda: shown("held-out", 0, held), held)
+    def trained(skip: int) -> Iterator[Chunk]:
+        after = rows()
+        for _ in first_rows(after, lm, held):
+            pass
+        return _cut(harvest(lm, first_rows(after, lm, tokens), skip=skip), tokens - skip)
+
+    store = open_or_harvest({**key, "rows": "first", "tokens": held}, held_out, held)
     if not text.cached:
-        return store, LiveSource(lambda skip: produce(held + skip), store.folder.name)
-    trained = open_or_harvest({**key, "from": held, "tokens": tokens}, lambda: shown("harvest", held, tokens), tokens)
-    return store, StoredSource(trained)
+        return store, LiveSource(trained, store.folder.name)
+    key |= {"rows": "next", "held_out": held, "tokens": tokens}
+    return store, StoredSource(open_or_harvest(key, lambda: _with_progress("harvest", trained(0), tokens), tokens))
 
 
 def probe_key(data: LabelledText, lm: LanguageModel) -> dict[str, Any]:
@@ -82,6 +89,15 @@ def _key(lm: LanguageModel, text: str, packed: bool) -> dict[str, Any]:
         "packed": packed,
         "dtype": str(lm.dtype),
     }
+
+
+def _cut(chunks: Iterable[Chunk], tokens: int) -> Iterator[Chunk]:
+    """The chunks up to so many tokens."""
+    for chunk in chunks:
+        if tokens <= 0:
+            return
+        yield Chunk(*(part_N[:tokens] for part_N in chunk))
+        tokens -= len(chunk.text_N)
 
 
 def _with_progress(title: str, chunks: Iterable[Chunk], total: int) -> Iterator[Chunk]:
