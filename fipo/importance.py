@@ -75,6 +75,10 @@ class ImportanceEMA:
         self.mean_F.mul_(self.decay).add_(norm_F, alpha=1 - self.decay)
         self.weight.mul_(self.decay).add_(1 - self.decay)
         self.silent_tokens_F.add_(tokens).masked_fill_(self._largest_F > 0, 0)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what was collected since the last commit."""
         self._sum_F.zero_()
         self._largest_F.zero_()
         self._tokens = 0

@@ -32,6 +32,7 @@ from fipo.report import FINAL, OUTCOMES
 from fipo.signals import StopSignals
 from fipo.state import TrainState
 from fipo.summary import outcomes
+from fipo.yamlfile import read_yaml
 
 LOCK = ".lock"
 TO_LOWER = "workload.context, workload.latents or workload.probing.train_per_class"
@@ -65,6 +66,7 @@ def run(out_dir: Path, experiments: Path) -> None:
         enough_memory("a run", TO_LOWER),
     ):
         refuse_finished(out_dir)
+        refuse_without_config(out_dir)
         remove_temporaries(out_dir)
         remove_temporaries(cache_root() / "pooled", of_the_dead=True)
         workload = config.workload
@@ -93,6 +95,12 @@ def run(out_dir: Path, experiments: Path) -> None:
         phases.end("probing")
         origin = {**provenance(), "hardware": hardware(device)}
         lines = {line["layer"]: line for line in read_log(out_dir / LOG)}
+        for n in workload.layers:
+            if n not in lines or not {"step", "loss"} <= lines[n].keys():
+                raise UserError(
+                    f"{out_dir / LOG} has lost its last line of layer {n}; remove the newest folder in "
+                    f"{out_dir / CHECKPOINTS} and give the command again, which makes it anew"
+                )
         layers = {}
         for n in workload.layers:
             found = scores[f"layer_{n}"]
@@ -106,6 +114,17 @@ def refuse_finished(out_dir: Path) -> None:
     """A finished run is never touched."""
     if (out_dir / FINAL).exists():
         raise UserError(f"{out_dir} holds a finished run, which is never overwritten; name another folder or remove it")
+
+
+def refuse_without_config(out_dir: Path) -> None:
+    """A run that was stopped goes on by its own config, and by no other that would take its place."""
+    file = out_dir / "config.yaml"
+    begun = any((out_dir / CHECKPOINTS).glob("step_*"))
+    if begun and not (file.is_file() and {"run", "workload"} <= read_yaml(file).keys()):
+        raise UserError(
+            f"{out_dir} holds checkpoints and no config.yaml of their run; put it back to go on, or remove "
+            f"{out_dir / CHECKPOINTS}"
+        )
 
 
 def tidy_finished(out_dir: Path) -> None:
@@ -170,5 +189,8 @@ def finish(
             "layers": {str(layer): info for layer, info in layers.items()},
         },
     )
+    for folder in out_dir.glob("layer_*"):
+        if folder.name not in {f"layer_{layer}" for layer in layers}:  # of a config that this run once had
+            remove(folder)
     remove(out_dir / CHECKPOINTS)
     report.print_results(out_dir)

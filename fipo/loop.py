@@ -27,7 +27,10 @@ from fipo.train import train_step
 
 LOG = "training_log.jsonl"
 CHECKPOINTS = "checkpoints"
-TO_LOWER = "workload.batch_tokens, workload.latents, workload.text.buffer_tokens or the number of workload.layers"
+TO_LOWER = (
+    "workload.batch_tokens, workload.latents, workload.text.buffer_tokens, reservoir.slots or the number of "
+    "workload.layers"
+)
 
 
 class Saver:

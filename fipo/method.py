@@ -186,7 +186,7 @@ class Optimiser:
 
     def __post_init__(self) -> None:
         require(0 <= self.warmup <= 1, "optimiser.warmup", self.warmup, "a share from 0 to 1")
-        require(self.k_start >= 1, "optimiser.k_start", self.k_start, "1 or more")
+        require(1 <= self.k_start <= 1e6, "optimiser.k_start", self.k_start, "a multiple from 1 to a million")
         require(0 <= self.k_fall <= 1, "optimiser.k_fall", self.k_fall, "a share from 0 to 1")
         require(0 <= self.penalty_warmup <= 1, "optimiser.penalty_warmup", self.penalty_warmup, "a share from 0 to 1")
         require(0 <= self.decay <= 1, "optimiser.decay", self.decay, "a share from 0 to 1")

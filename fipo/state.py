@@ -17,6 +17,7 @@ from fipo.importance import ImportanceEMA
 from fipo.randomness import generator_for
 from fipo.reservoir import PriorityReservoir
 from fipo.sae import SAE
+from fipo.schedules import decoder_only
 from fipo.sparse import kernels_for
 from fipo.update import Faults
 
@@ -79,7 +80,8 @@ class TrainState:
         expected = self.state_dict()
         if int(tensors.get("step", torch.zeros(1)).sum()):
             for name, parameter in self.sae.named_parameters():
-                if not parameter.requires_grad:
+                stepped = any(given.startswith(f"adam.{name}.") for given in tensors)
+                if not parameter.requires_grad or (decoder_only(self.config, 0) and not stepped):
                     continue
                 expected |= {f"adam.{name}.{moment}": parameter for moment in ("exp_avg", "exp_avg_sq")}
                 expected[f"adam.{name}.step"] = torch.zeros(())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fipo import lsh, objective
+from fipo.errors import UserError
 from fipo.favour import favours
 from fipo.importance import several_ranks
 from fipo.levels import cuts, latent_levels, ranks, spare_share
@@ -157,7 +158,11 @@ def compute(state: TrainState, plan: Plan, numbers: Numbers, acts_BD: Tensor, pa
     state.optimizer.zero_grad()
     terms.total.backward()
     terms = Terms(*(term.detach() for term in terms))
-    update(sae, state.optimizer, terms, state.faults, state.step, numbers.learning_rate, config.optimiser.clip)
+    try:
+        update(sae, state.optimizer, terms, state.faults, state.step, numbers.learning_rate, config.optimiser.clip)
+    except UserError:
+        state.importance.discard()
+        raise
     with torch.no_grad():
         codes = codes.detach()
         state.importance.commit()

@@ -39,7 +39,7 @@ class Faults:
         if not any(found):
             return
         when = f"within {UNCHECKED} steps before step {step}"
-        if self.found_5.device.type == "cpu":  # the step had no effect at all, and the state is good
+        if self.found_5.device.type == "cpu":  # no weight, moment or statistic has changed
             self.found_5.zero_()
             when = f"step {step}"
         culprits = [name for name, bad in zip(PARTS[:-1], found, strict=False) if bad] or PARTS[-1:]

@@ -143,6 +143,7 @@ def test_a_section_is_named_without_a_dot(key):
         ("text.held_out_tokens", 1),
         ("probing.ks", [1, 2, 1]),
         ("lsh.bits", 24),
+        ("optimiser.k_start", 1e308),
         ("workload.latents", 0),
         ("workload.k", 0),
         ("workload.k", toys.LATENTS + 1),

@@ -309,3 +309,12 @@ def test_a_loaded_sae_runs_in_the_dtype_it_is_given(tmp_path):
         assert codes_BF.dtype == dtype and torch.allclose(
             codes_BF.float(), exact_BF, atol=tolerance * exact_BF.max().item()
         )
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "jumprelu"])
+def test_no_tokens_have_no_codes(architecture, tmp_path):
+    save(tmp_path, trained(architecture))
+    sae = load_sae(tmp_path)
+    assert sae.encode(torch.zeros(0, WIDTH)).shape == (0, LATENTS)
+    assert sae.encode(torch.zeros(3, 0, WIDTH)).shape == (3, 0, LATENTS)
+    assert sae.decode(torch.zeros(3, 0, LATENTS)).shape == (3, 0, WIDTH)

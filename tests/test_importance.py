@@ -155,3 +155,17 @@ def test_two_gloo_ranks_agree_with_one_process_on_the_union(tmp_path):
             assert torch.equal(ranks[0][name], ranks[1][name]), name
             assert torch.allclose(ranks[0][name], value), name
         assert torch.equal(ranks[0]["silent_tokens_F"], whole.silent_tokens_F)
+
+
+def test_what_is_discarded_leaves_no_trace():
+    trackers = [ImportanceEMA(LATENTS, decay=0.9) for _ in range(2)]
+    for number, tracker in enumerate(trackers):
+        tracker.collect(torch.ones(4, LATENTS))
+        tracker.commit()
+        if number:
+            tracker.collect(torch.full((4, LATENTS), torch.nan))
+            tracker.discard()
+        tracker.collect(torch.full((4, LATENTS), 2.0))
+        tracker.commit()
+    for name, value in trackers[0].state_dict().items():
+        assert value.equal(trackers[1].state_dict()[name])

@@ -18,12 +18,13 @@ import yaml
 
 from fipo import checkpoint, job, loop, runs
 from fipo.data import store
-from fipo.data.harvest import harvest
+from fipo.data.harvest import first_rows, harvest
 from fipo.data.lm import LanguageModel
 from fipo.errors import UserError
 from fipo.export import load_sae
 from fipo.files import read_json
 from fipo.lock import locked
+from fipo.log import read_log
 from fipo.report import check_is_result
 from fipo.results import read_result
 from fipo.signals import Interrupted
@@ -169,7 +170,7 @@ def test_picture_is_a_png(finished):
 def test_saved_saes_work_on_raw_activations(finished, load_lm):
     """The FVU of the record is that of the saved SAE on the first 200 tokens of the text, which are held out."""
     lm = load_lm("bert")
-    rows = lm.token_rows(tiny.sentences(150, seed=1))
+    rows = first_rows(lm.token_rows(tiny.sentences(150, seed=1)), lm, 200)
     acts_NLD = torch.cat([chunk.acts_NLD for chunk in harvest(lm, rows)])[:200]
     info = read_json(finished / "final_info.json")
     for place, layer in enumerate((0, 1)):
@@ -521,6 +522,37 @@ def test_checkpoint_of_another_config(tmp_path, finished, values, monkeypatch):
     (out_dir / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match="step_15 belongs to another config, text or model"):
         start(out_dir, values)
+
+
+@pytest.mark.parametrize("left", [None, "", "seed: 42\n"])
+def test_checkpoints_without_their_config_are_nobodys(tmp_path, finished, values, monkeypatch, left):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    out_dir = tmp_path / "run_3"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 20)
+        start(out_dir, values)
+    (out_dir / "config.yaml").unlink()
+    if left is not None:
+        (out_dir / "config.yaml").write_text(left)
+    before = files(out_dir)
+    with pytest.raises(UserError, match="holds checkpoints and no config.yaml of their run; put it back"):
+        job.run(out_dir, EXPERIMENTS)
+    assert files(out_dir) == before
+
+
+def test_layers_of_an_earlier_config_do_not_stay(tmp_path, finished, values, monkeypatch):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    out_dir = tmp_path / "run_3"
+    shutil.copytree(finished / "layer_1", out_dir / "layer_2")
+    start(out_dir, values)
+    assert files(out_dir).keys() == files(finished).keys()
+
+
+def test_a_log_that_was_lost_after_the_last_step_is_told(tmp_path, finished, values, monkeypatch):
+    monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
+    monkeypatch.setattr(job, "read_log", lambda file: [line for line in read_log(file) if line["layer"] == 0])
+    with pytest.raises(UserError, match="has lost its last line of layer 1; remove the newest folder"):
+        start(tmp_path / "run_3", values)
 
 
 def test_logging_and_saving_at_every_step_changes_no_weight(tmp_path, finished, values, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 
+from fipo.checkpoint import load_tensors, save_tensors
 from fipo.data.harvest import _pad
 from fipo.data.lm import LanguageModel, find_blocks, resolve_model
 from fipo.errors import UserError
@@ -274,3 +275,82 @@ def test_a_package_is_a_plain_name():
     """A dotted one would be imported to be found."""
     with pytest.raises(UserError, match="is not of the form package:NAME/FOLDER"):
         resolve_model("package:os.path/folder")
+
+
+def copy(model_folder, tmp_path, architecture="bert"):
+    shutil.copytree(model_folder(architecture), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_weights_that_lack_a_tensor(model_folder, tmp_path):
+    folder = copy(model_folder, tmp_path)
+    tensors = load_tensors(folder / "model.safetensors")
+    gone = next(name for name in tensors if "layer.1" in name)
+    save_tensors(folder / "model.safetensors", {name: value for name, value in tensors.items() if name != gone})
+    with pytest.raises(UserError, match=f"lack 1 tensors, {gone} first, which would be random"):
+        load(folder)
+    pooler = [name for name in tensors if name.startswith("pooler.")]
+    assert pooler, "behind all blocks, and absent from many files"
+    save_tensors(folder / "model.safetensors", {name: value for name, value in tensors.items() if name not in pooler})
+    load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"vocab_size": 7}),
+        ("config.json", {"hidden_size": "x"}),
+        ("config.json", {"num_attention_heads": 3}),
+        ("tokenizer_config.json", None),
+    ],
+)
+def test_folders_that_are_not_what_they_say(model_folder, tmp_path, file, changes):
+    folder = copy(model_folder, tmp_path)
+    (folder / file).write_text("[]") if changes is None else rewrite(folder / file, **changes)
+    with pytest.raises(UserError, match="does not load as a model with tokeniser"):
+        load(folder)
+
+
+def test_folder_without_a_tokeniser(model_folder, tmp_path):
+    folder = copy(model_folder, tmp_path)
+    for file in folder.glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match="no vocabulary|does not load as a model with tokeniser"):
+        load(folder)
+
+
+def test_tokens_that_the_model_does_not_know(load_lm):
+    lm = load_lm("bert")
+    known = lm.model.get_input_embeddings().num_embeddings
+    ids_BS = torch.tensor([[0, 1, known]])
+    with pytest.raises(UserError, match=f"gives token {known}, and the model knows {known}"):
+        lm.activations(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool))
+
+
+def test_context_beyond_the_positions(model_folder, tmp_path):
+    with pytest.raises(UserError, match="context 65 is more than .* takes at most 64"):
+        load(model_folder("bert"), context=65)
+    assert load(model_folder("bert"), context=64).positions == 64
+    import transformers
+
+    sizes = {"vocab_size": 40, "max_position_embeddings": 66, "hidden_size": 16, "num_hidden_layers": 2}
+    config = transformers.RobertaConfig(**sizes, intermediate_size=32, num_attention_heads=2)
+    folder = copy(model_folder, tmp_path)
+    transformers.RobertaModel(config).save_pretrained(folder)
+    with pytest.raises(UserError, match="context 65 is more than .* takes at most 64"):
+        load(folder, context=65)
+    lm = load(folder, context=64)
+    ids_BS = torch.full((1, 64), 5)
+    assert lm.activations(ids_BS, torch.ones_like(ids_BS, dtype=torch.bool)).shape == (2, 1, 64, 16)
+
+
+def test_the_part_that_reads_text_of_a_model_that_reads_more(load_lm, monkeypatch):
+    lm = load_lm("llama")
+    inner = lm.model.config
+    outer = SimpleNamespace(get_text_config=lambda: inner)
+    monkeypatch.setattr(lm.model, "config", outer)
+    assert lm.width == tiny.WIDTH and lm.positions == 64

@@ -169,3 +169,8 @@ def test_a_stream_that_breaks_off_is_one_line(monkeypatch):
     monkeypatch.setattr(saebench_text, "load_local", broken)
     with pytest.raises(UserError, match=r"split train, broke off \(ConnectionError\): gone"):
         select("fancyzhx/ag_news", TRAIN, TEST, SEED)
+
+
+def test_a_seed_beyond_the_generators():
+    with pytest.raises(UserError, match="seed 4294967296 is more than the generators"):
+        select("fancyzhx/ag_news", TRAIN, TEST, 2**32)

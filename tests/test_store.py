@@ -263,3 +263,18 @@ def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("FIPO_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="cannot write .*file/cache"):
         open_or_harvest({"key": 1}, chunks, tokens=None)
+
+
+def test_the_cache_without_a_home(monkeypatch, tmp_path):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(store.Path, "home", homeless)
+    for name in ("FIPO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="no home folder for the cache; name a folder in FIPO_CACHE"):
+        store.cache_root()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert store.cache_root() == tmp_path / "fipo"
+    monkeypatch.setenv("FIPO_CACHE", str(tmp_path / "own"))
+    assert store.cache_root() == tmp_path / "own"

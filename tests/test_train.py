@@ -240,6 +240,34 @@ def test_a_loss_that_is_not_finite_stops_before_the_update():
     assert not [name for name in changed if name.startswith(("sae.", "adam.", "importance.", "reservoir."))]
 
 
+@pytest.mark.parametrize("name", ["run_3", "run_6", "jumprelu", "topk"])
+def test_a_batch_that_is_not_finite_leaves_no_trace_in_what_follows(name):
+    """Whoever catches the error may go on: weights, moments and σ are as if the batch had never been."""
+    config, good = toys.run_config(name), toys.activations(3)
+    bad_BD = toys.activations(1, seed=4)[0]
+    bad_BD[3, 2] = torch.nan
+    state = run(toys.fresh(config), good[:2])
+    with pytest.raises(UserError, match="the loss is not finite"):
+        train_step(state, bad_BD)
+    before = snapshot(run(toys.fresh(config), good[:2]))
+    touched = [name for name in differing(before, snapshot(state)) if name.startswith(("sae.", "adam.", "importance."))]
+    assert not touched
+    train_step(state, good[2])
+    assert all(value.isfinite().all() for value in snapshot(state).values() if value.is_floating_point())
+
+
+def test_a_state_whose_encoder_never_learned_resumes(tmp_path):
+    config = toys.run_config("run_6", steps=12, levels=Levels(shares=(0.5, 1.0), decoder_only=0.99))
+    whole, first = (run(toys.fresh(config), toys.activations(12)[:stop]) for stop in (12, 5))
+    save_tensors(tmp_path / "state.safetensors", first.state_dict())
+    second = toys.fresh(config)
+    second.load_state_dict(load_tensors(tmp_path / "state.safetensors"))
+    assert not differing(snapshot(whole), snapshot(run(second, toys.activations(12)[5:])))
+    tensors = {name: value for name, value in first.state_dict().items() if "dec_FD.exp_avg" not in name}
+    with pytest.raises(UserError, match="tensor adam.dec_FD.exp_avg is missing"):
+        toys.fresh(config).load_state_dict(tensors)
+
+
 def test_gradients_are_clipped():
     config = toys.run_config("topk", optimiser=Optimiser(autocast=False, clip=0.01))
     state = toys.fresh(config)

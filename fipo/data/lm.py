@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -100,21 +99,34 @@ class LanguageModel:
                 "install the genuine file (`make setup` does for the built-in workload)"
             )
         try:
-            self.model = transformers.AutoModel.from_pretrained(
+            self.model, told = transformers.AutoModel.from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
             )
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # transformers raises many kinds for a folder that is not what it says
             raise UserError(f"{folder} does not load as a model with tokeniser: {error}") from error
+        absent = sorted(name for name in told["missing_keys"] if not name.startswith("pooler."))  # behind all blocks
+        if absent:
+            raise UserError(
+                f"the weights in {folder} lack {len(absent)} tensors, {absent[0]} first, which would be random: they "
+                "are incomplete, or of another architecture than config.json says"
+            )
+        if not hasattr(self.tokenizer, "backend_tokenizer"):
+            raise UserError(f"{folder} has no fast tokeniser (tokenizer.json), the only kind that is read")
+        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):
+            raise UserError(f"{folder} has no vocabulary: its tokeniser files are missing")
         self.model.eval().requires_grad_(False).to(device)
-        self.model.config.use_cache = False
-        self.blocks = find_blocks(self.model, self.model.config.num_hidden_layers)
+        self.config.use_cache = False
+        self.blocks = find_blocks(getattr(self.model, "language_model", self.model), self.config.num_hidden_layers)
         if max(self.layers) >= len(self.blocks):
             raise UserError(f"layer {max(self.layers)} of {model}: it has layers 0 to {len(self.blocks) - 1}")
         if self.positions is not None and context > self.positions:
@@ -124,15 +136,27 @@ class LanguageModel:
         self.tokenizer_hash = sha256_json([self.tokenizer.backend_tokenizer.to_str(), self.special_ids, self.begin_id])
 
     @property
+    def config(self) -> Any:
+        """What transformers says of the part that reads text."""
+        return self.model.config.get_text_config()
+
+    @property
     def positions(self) -> int | None:
-        """Tokens that the model has positions for; None where it does not say."""
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        return most if isinstance(most, int) and most > 0 else None
+        """Tokens that the model has positions for; None where it does not say. RoBERTa counts from behind padding."""
+        most = getattr(self.config, "max_position_embeddings", None)
+        if not isinstance(most, int) or most <= 0:
+            return None
+        paddings = (
+            module.padding_idx
+            for name, module in self.model.named_modules()
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        )
+        return most - sum(padding + 1 for padding in paddings if padding is not None)
 
     @property
     def width(self) -> int:
         """D, the width of the residual stream."""
-        return self.model.config.hidden_size
+        return self.config.hidden_size
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,6 +206,12 @@ class LanguageModel:
     @torch.inference_mode()
     def activations(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Residual stream behind every wanted layer, [L, B, S, D], in the model's own dtype."""
+        known = self.model.get_input_embeddings().num_embeddings
+        if int(ids_BS.max()) >= known:
+            raise UserError(
+                f"the tokeniser of {self.name} gives token {int(ids_BS.max())}, and the model knows {known}: they do "
+                "not belong together"
+            )
         found: dict[int, Tensor] = {}
         last = max(self.layers)
 

@@ -225,6 +225,8 @@ def select(
     """Training and test texts of every class of the dataset `name`, `train` and `test` a class, and the revision they
     are from (None for a local folder). Without a revision the hub's newest is taken, the same for all its files."""
     source = _SOURCES.get(name, name)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed} is more than the generators of dataset {source} take; give one below 2^32")
     if (folder := _local(source)) is not None:
         if revision is not None:
             say(f"warning: dataset {source} is read from {folder}, whose revision is not known to be {revision}")

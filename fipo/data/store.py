@@ -29,8 +29,12 @@ SHARD_TOKENS = 65_536
 
 def cache_root() -> Path:
     """`FIPO_CACHE`, or `fipo` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FIPO_CACHE") or Path(base) / "fipo")
+    if given := os.environ.get("FIPO_CACHE"):
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fipo"
+    except RuntimeError as error:
+        raise UserError("there is no home folder for the cache; name a folder in FIPO_CACHE") from error
 
 
 class ActivationStore:
