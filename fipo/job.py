@@ -6,6 +6,7 @@ not at all, and `final_info.json` last. One process at a time works in a folder.
 
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def run(out_dir: Path, experiments: Path) -> None:
         phases.end("harvest")
         runs.save(config, out_dir)
         states = train_all(config, source, out_dir, device, stop)
+        lines = last_lines(out_dir, workload.layers)
         sae_configs = {layer: export(config, layer, state, out_dir) for layer, state in states.items()}
         measures = {layer: measure(state, held_out, place) for place, (layer, state) in enumerate(states.items())}
         phases.end("training")
@@ -94,13 +96,6 @@ def run(out_dir: Path, experiments: Path) -> None:
         )
         phases.end("probing")
         origin = {**provenance(), "hardware": hardware(device)}
-        lines = {line["layer"]: line for line in read_log(out_dir / LOG)}
-        for n in workload.layers:
-            if n not in lines or not {"step", "loss"} <= lines[n].keys():
-                raise UserError(
-                    f"{out_dir / LOG} has lost its last line of layer {n}; remove the newest folder in "
-                    f"{out_dir / CHECKPOINTS} and give the command again, which makes it anew"
-                )
         layers = {}
         for n in workload.layers:
             found = scores[f"layer_{n}"]
@@ -125,6 +120,18 @@ def refuse_without_config(out_dir: Path) -> None:
             f"{out_dir} holds checkpoints and no config.yaml of their run; put it back to go on, or remove "
             f"{out_dir / CHECKPOINTS}"
         )
+
+
+def last_lines(out_dir: Path, layers: Sequence[int]) -> dict[int, dict[str, Any]]:
+    """The last line of every layer in the log, without which a run has no record."""
+    lines = {line["layer"]: line for line in read_log(out_dir / LOG)}
+    for layer in layers:
+        if layer not in lines or not {"step", "loss"} <= lines[layer].keys():
+            raise UserError(
+                f"{out_dir / LOG} has lost its last line of layer {layer}; remove the newest folder in "
+                f"{out_dir / CHECKPOINTS} and give the command again, which makes it anew"
+            )
+    return lines
 
 
 def tidy_finished(out_dir: Path) -> None:

@@ -86,10 +86,6 @@ class LanguageModel:
     def __init__(
         self, model: str, layers: Sequence[int], *, dtype: str, context: int, weights_sha256: str | None, device: str
     ) -> None:
-        import transformers
-
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
         folder = resolve_model(model)
         self.name, self.layers, self.context, self.device = model, tuple(layers), context, device
         self.weights_hash = hash_weights(folder)
@@ -98,32 +94,7 @@ class LanguageModel:
                 f"the weights of {model} have SHA-256 {self.weights_hash}; expected {weights_sha256}; "
                 "install the genuine file (`make setup` does for the built-in workload)"
             )
-        try:
-            self.model, told = transformers.AutoModel.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # transformers raises many kinds for a folder that is not what it says
-            raise UserError(f"{folder} does not load as a model with tokeniser: {error}") from error
-        absent = sorted(name for name in told["missing_keys"] if not name.startswith("pooler."))  # behind all blocks
-        if absent:
-            raise UserError(
-                f"the weights in {folder} lack {len(absent)} tensors, {absent[0]} first, which would be random: they "
-                "are incomplete, or of another architecture than config.json says"
-            )
-        if not hasattr(self.tokenizer, "backend_tokenizer"):
-            raise UserError(f"{folder} has no fast tokeniser (tokenizer.json), the only kind that is read")
-        if len(self.tokenizer) <= len(self.tokenizer.all_special_ids):
-            raise UserError(f"{folder} has no vocabulary: its tokeniser files are missing")
+        self.model, self.tokenizer = _load(folder, dtype)
         self.model.eval().requires_grad_(False).to(device)
         self.config.use_cache = False
         self.blocks = find_blocks(getattr(self.model, "language_model", self.model), self.config.num_hidden_layers)
@@ -232,6 +203,39 @@ class LanguageModel:
             for handle in handles:
                 handle.remove()
         return torch.stack([found[layer] for layer in self.layers])
+
+
+def _load(folder: Path, dtype: str) -> tuple[Any, Any]:
+    """Model and tokeniser, both whole and of the kind that is read."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, told = transformers.AutoModel.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises many kinds for a folder that is not what it says
+        raise UserError(f"{folder} does not load as a model with tokeniser: {error}") from error
+    absent = sorted(name for name in told["missing_keys"] if not name.startswith("pooler."))  # behind all blocks
+    if absent:
+        raise UserError(
+            f"the weights in {folder} lack {len(absent)} tensors, {absent[0]} first, which would be random: they "
+            "are incomplete, or of another architecture than config.json says"
+        )
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise UserError(f"{folder} has no fast tokeniser (tokenizer.json), the only kind that is read")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError(f"{folder} has no vocabulary: its tokeniser files are missing")
+    return model, tokenizer
 
 
 def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
