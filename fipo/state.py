@@ -80,8 +80,8 @@ class TrainState:
         expected = self.state_dict()
         if int(tensors.get("step", torch.zeros(1)).sum()):
             for name, parameter in self.sae.named_parameters():
-                stepped = any(given.startswith(f"adam.{name}.") for given in tensors)
-                if not parameter.requires_grad or (decoder_only(self.config, 0) and not stepped):
+                frozen = decoder_only(self.config, 0) and not name.startswith("dec_")  # from the first step on
+                if frozen or not parameter.requires_grad:
                     continue
                 expected |= {f"adam.{name}.{moment}": parameter for moment in ("exp_avg", "exp_avg_sq")}
                 expected[f"adam.{name}.step"] = torch.zeros(())
