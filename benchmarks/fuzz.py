@@ -199,19 +199,12 @@ class Result(Target):
 
     def make(self, folder: Path) -> list[Path]:
         """A record of two layers."""
-        names = [f"{who}_top_{k}_test_accuracy" for who in ("llm", "sae") for k in (1, 5)]
-        scores = dict.fromkeys(names, 0.75)
-        evaluated = {"dataset_names": ["a", "b"], "k_values": [1, 5]}
         layer = {
             **{"dict_size": 64, "training_steps": 40, "held_out_fvu": 0.3, "held_out_l0": 30.5, "dead_share": 0.1},
-            **{"mean_max_cosine": 0.4, "eval_config": evaluated},
-            "eval_result_metrics": {
-                who: {n: v for n, v in scores.items() if n.startswith(who)} for who in ("llm", "sae")
-            },
-            "eval_result_details": [{"dataset_name": f"{name}_results", **scores} for name in "ab"],
+            **{"mean_max_cosine": 0.4, **_scored()},
         }
         record = {"run": "run_3", "workload": "tiny", "seed": 1, "git_revision": "abc", "versions": {"torch": "2"}}
-        record |= {"hardware": {"cpu": "x"}, "eval_config": evaluated}
+        record |= {"hardware": {"cpu": "x"}, "eval_config": layer["eval_config"]}
         record |= {"layers": {str(number): {"layer": number, **layer} for number in (0, 1)}}
         (folder / results.FINAL).write_text(json.dumps(record, indent=1), encoding="utf-8")
         return [folder / results.FINAL]
@@ -267,13 +260,10 @@ class Probed(Target):
 
     def make(self, folder: Path) -> list[Path]:
         """Of an SAE of a run."""
-        scores = {f"{who}_top_{k}_test_accuracy": 0.75 for who in ("llm", "sae") for k in (1, 5)}
         record = {
             "sae": {"name": "run_3/layer_1", "layer": 1, "run": "run_3", "seed": 1},
             **{"git_revision": "abc", "versions": {"torch": "2"}, "hardware": {"cpu": "x"}},
-            "eval_config": {"dataset_names": ["a", "b"], "k_values": [1, 5]},
-            "eval_result_metrics": {w: {n: v for n, v in scores.items() if n.startswith(w)} for w in ("llm", "sae")},
-            "eval_result_details": [{"dataset_name": f"{name}_results", **scores} for name in "ab"],
+            **_scored(),
             "eval_result_controls": _controls(),
         }
         file = folder / f"x{results.RESULT_SUFFIX}"
@@ -413,6 +403,15 @@ class Training(Target):
 
 TARGETS = [Config(), Sae(), Metadata(), Checkpoint(), Shards(), Result(), Compared(), Probed(), Suite()]
 TARGETS += [Log(), Labelled(), Training()]
+
+
+def _scored() -> dict[str, Any]:
+    scores = {f"{who}_top_{k}_test_accuracy": 0.75 for who in ("llm", "sae") for k in (1, 5)}
+    return {
+        "eval_config": {"dataset_names": ["a", "b"], "k_values": [1, 5]},
+        "eval_result_metrics": {who: {n: v for n, v in scores.items() if n.startswith(who)} for who in ("llm", "sae")},
+        "eval_result_details": [{"dataset_name": f"{name}_results", **scores} for name in "ab"],
+    }
 
 
 def _controls() -> dict[str, Any]:

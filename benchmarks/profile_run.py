@@ -61,7 +61,7 @@ OTHER = {
 }
 
 
-def sampled(work: Callable[[], object], every: float = EVERY) -> Counter[tuple[str, ...]]:
+def sampled(work: Callable[[], object], every: float) -> Counter[tuple[str, ...]]:
     """Seconds of this thread in every stack of functions, `file:function` from the outermost on, while it works."""
     ours, done = threading.get_ident(), threading.Event()
     stacks: Counter[tuple[str, ...]] = Counter()
@@ -126,7 +126,7 @@ def main() -> None:
         out_dir = Path(temporary) / given.run
         dense = runs.resolve(out_dir, EXPERIMENTS).architecture in ("relu", "jumprelu")
         started = time.perf_counter()
-        stacks = sampled(lambda: job.run(out_dir, EXPERIMENTS))
+        stacks = sampled(lambda: job.run(out_dir, EXPERIMENTS), EVERY)
         whole = time.perf_counter() - started
     wanted, other = WANTED | (DENSE if dense else {}), OTHER | ({} if dense else SPARSE)
     seconds = by_part(stacks, wanted | other)

@@ -11,6 +11,9 @@ from typing import Literal
 from fipo.method import LSH, Importance, Levels, Optimiser, Penalty, Reservoir
 from fipo.records import require
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Formats in which a language model runs."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Text:
@@ -89,7 +92,7 @@ class Workload:
     """Blocks whose output (residual stream) is read, counted from 0; one SAE each."""
     context: int = 128
     """Tokens a row of text, special tokens included."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
     """Number format in which the language model runs and activations are kept."""
     text: Text
     """Training text."""

@@ -108,9 +108,12 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
 
 
 @contextlib.contextmanager
-def writable(folder: Path, option: str) -> Iterator[None]:
+def writable(folder: Path | None, option: str) -> Iterator[None]:
     """Make the folder and see that it can be written; when the work fails before it wrote anything, take it away.
-    `option` is where the user named it."""
+    `option` is where the user named it; None: nothing is to be written."""
+    if folder is None:
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()

@@ -3,7 +3,6 @@
 The folders are those that fipo.saved finds.
 """
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ def run(folders: Sequence[Path], probing: Probing, seed: int, out: Path | None, 
     from what the SAEs say."""
     saved = find_saved(folders)
     files = file_names(saved)
-    with contextlib.nullcontext() if out is None else writable(out, "--out"):
+    with writable(out, "--out"):
         for file in files.values() if out is not None else ():
             if (out / f"{file}{RESULT_SUFFIX}").exists():
                 raise UserError(f"{out} already holds a result of {file}; name another --out, or remove it")

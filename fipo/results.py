@@ -12,6 +12,8 @@ FINAL = "final_info.json"
 RESULT_SUFFIX, OUTCOMES_SUFFIX = "_eval_results.json", "_outcomes.safetensors"
 SUITE_RESULT_SUFFIX = "_sae_probes_results.json"
 """How the names end of what `fipo probe --out` writes."""
+SUITE_METRICS = {"accuracy": "accuracy", "auc": "AUC", "f1": "F1"}
+"""What a probe of the second suite is scored by, and how tables name it."""
 SHARE, MEASURE = "a share from 0 to 1", "a number, zero or more"
 _RUN: dict[str, Any] = {
     "run": str,
@@ -87,7 +89,7 @@ def read_suite_result(file: Path) -> dict[str, Any]:
         ks = list(record["mean"]["sae"])
         for key in ks:
             _check(file, "mean.sae, a k", int(key) if key.isdecimal() else key, int)
-        of_each = {k: dict.fromkeys(("accuracy", "auc", "f1"), SHARE) for k in ks}
+        of_each = {k: dict.fromkeys(SUITE_METRICS, SHARE) for k in ks}
         for name in record["results"]:
             _check(file, f"results.{name}", record["results"][name], dict.fromkeys(("sae", "llm", "random"), of_each))
         _check(file, "results", list(record["results"]), [str])

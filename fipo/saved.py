@@ -7,17 +7,17 @@ stream of the same model at the same context.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
+from fipo.config import Dtype
 from fipo.data.lm import LanguageModel
 from fipo.errors import UserError
 from fipo.files import read_json
 from fipo.yamlfile import read_yaml
 
-DTYPES = ("float32", "bfloat16", "float16")
-"""Formats in which a model runs."""
+DTYPES = get_args(Dtype)
 _HOOK = re.compile(r"(?:[a-z_]+\.)*(\d{1,6})(\.hook_resid_post|\.hook_resid_pre)?")
 """Hook points of the residual stream: TransformerLens' names, or a block's own in transformers."""
 
@@ -109,7 +109,7 @@ def _run_of(folder: Path) -> dict[str, Any]:
     """The config of the run that the SAE in `folder` is from; empty where what lies beside it is none of ours."""
     beside = folder.parent / "config.yaml"
     run = read_yaml(beside) if beside.is_file() else {}
-    ours = isinstance(run, dict) and isinstance(run.get("run"), str) and isinstance(run.get("workload", {}), dict)
+    ours = isinstance(run.get("run"), str) and isinstance(run.get("workload", {}), dict)
     return run if ours else {}
 
 

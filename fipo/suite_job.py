@@ -4,8 +4,6 @@ Beside the latents of every SAE stand the model's channels and the latents of a 
 and fitted in the same way.
 """
 
-import contextlib
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,14 @@ from fipo.pooling import keep, read_kept
 from fipo.progress import progress
 from fipo.provenance import hardware, provenance
 from fipo.randomness import generator_for
-from fipo.results import SUITE_RESULT_SUFFIX
+from fipo.results import SUITE_METRICS, SUITE_RESULT_SUFFIX
 from fipo.sae import SAE
 from fipo.sae_probes_suite import SuiteDataset, last_token_activations, probe_scores, suite_datasets
 from fipo.saved import Saved, file_names, find_saved, load_model
+from fipo.suite_table import Scores, mean_and_error, mean_score
 
-METRICS = ("accuracy", "auc", "f1")
 SAMPLE_DATASETS = 8
 """The first datasets, on whose last tokens the L0 of an SAE is found for its random control."""
-
-Results = dict[str, dict[str, dict[str, dict[str, Any]]]]
-"""dataset -> `sae`, `llm` or `random` -> k -> metric -> value"""
 
 
 def run(
@@ -43,7 +38,7 @@ def run(
     saved = find_saved(folders)
     files = {name: f"{file}{SUITE_RESULT_SUFFIX}" for name, file in file_names(saved).items()}
     datasets = list(suite_datasets(names))
-    with contextlib.nullcontext() if out is None else writable(out, "--out"):
+    with writable(out, "--out"):
         lm = load_model(saved, **chosen)
         subjects = {one.name: load_subject(one.folder, one.layer) for one in saved}
         for name, subject in subjects.items():
@@ -105,7 +100,7 @@ def _results(
     ks: Sequence[int],
     seed: int,
     advance: Callable[[float, str], None],
-) -> Results:
+) -> Scores:
     """Of an SAE on every dataset, whose last-token activations [N, D] are given."""
     control, results = _control(sae, torch.cat(list(acts[:SAMPLE_DATASETS])), seed, one), {}
     for data, acts_ND in zip(datasets, acts, strict=True):
@@ -132,9 +127,9 @@ def _probe(
     }
 
 
-def _record(one: Saved, results: Results, ks: Sequence[int], lm: LanguageModel) -> dict[str, Any]:
+def _record(one: Saved, results: Scores, ks: Sequence[int], lm: LanguageModel) -> dict[str, Any]:
     means = {
-        who: {str(k): {metric: _mean(results, who, k, metric) for metric in METRICS} for k in ks}
+        who: {str(k): {metric: mean_score(results, who, k, metric) for metric in SUITE_METRICS} for k in ks}
         for who in ("sae", "llm", "random")
     }
     return {
@@ -144,23 +139,19 @@ def _record(one: Saved, results: Results, ks: Sequence[int], lm: LanguageModel) 
         "sae": {"name": one.name, "layer": one.layer, "run": one.run.get("run"), "seed": one.run.get("seed")},
         "datasets": len(results),
         "mean": means,
-        "margin_over_random": {str(k): {metric: _margin(results, k, metric) for metric in METRICS} for k in ks},
+        "margin_over_random": {str(k): {metric: _margin(results, k, metric) for metric in SUITE_METRICS} for k in ks},
         "results": results,
     }
 
 
-def _mean(results: Results, who: str, k: int, metric: str) -> float:
-    return statistics.fmean(scores[who][str(k)][metric] for scores in results.values())
-
-
-def _margin(results: Results, k: int, metric: str) -> dict[str, float | None]:
-    """Mean difference over the datasets, and its standard error from their spread."""
+def _margin(results: Scores, k: int, metric: str) -> dict[str, float | None]:
+    """Mean difference from the random SAE over the datasets, and its standard error."""
     values = [scores["sae"][str(k)][metric] - scores["random"][str(k)][metric] for scores in results.values()]
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-    return {"difference": statistics.fmean(values), "standard_error": error}
+    difference, error = mean_and_error(values)
+    return {"difference": difference, "standard_error": error}
 
 
-def _table(title: str, results: Results, ks: Sequence[int]) -> Any:
+def _table(title: str, results: Scores, ks: Sequence[int]) -> Any:
     from rich.table import Table
 
     heading = f"{title}: mean over {len(results)} datasets of sae-probes, SAE | LLM | random"
@@ -168,7 +159,9 @@ def _table(title: str, results: Results, ks: Sequence[int]) -> Any:
     table.add_column("metric")
     for k in ks:
         table.add_column(f"k={k}", justify="right")
-    for metric in METRICS:
-        cells = (" | ".join(f"{_mean(results, who, k, metric):.3f}" for who in ("sae", "llm", "random")) for k in ks)
+    for metric in SUITE_METRICS:
+        cells = (
+            " | ".join(f"{mean_score(results, who, k, metric):.3f}" for who in ("sae", "llm", "random")) for k in ks
+        )
         table.add_row(metric, *cells)
     return table

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fipo.errors import UserError
-from fipo.results import SUITE_RESULT_SUFFIX, read_suite_result
+from fipo.results import SUITE_METRICS, SUITE_RESULT_SUFFIX, read_suite_result
 
-METRICS = {"accuracy": "accuracy", "auc": "AUC", "f1": "F1"}
 CONTROLS = {"llm": "channels of the model", "random": "random SAE"}
 
 Scores = dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -74,7 +73,7 @@ def _table(results: Sequence[Result]) -> list[str]:
             rows[title, layer, who] = [one for one in results if one.layer == layer]
     lines = _head(f"{len(results[0].scores)} datasets", results)
     for (name, layer, who), group in rows.items():
-        cells = (_spread([_mean(one, who, *column) for one in group]) for column in _columns(results))
+        cells = (_spread([mean_score(one.scores, who, *column) for one in group]) for column in _columns(results))
         lines.append(f"| {name} | {layer} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -98,17 +97,24 @@ def _grouped(results: Sequence[Result]) -> dict[tuple[str, int], list[Result]]:
 
 
 def _columns(results: Sequence[Result]) -> list[tuple[int, str]]:
-    return [(k, metric) for metric in METRICS for k in results[0].ks]
+    return [(k, metric) for metric in SUITE_METRICS for k in results[0].ks]
 
 
 def _head(first: str, results: Sequence[Result]) -> list[str]:
     columns = _columns(results)
-    heads = " | ".join(f"{METRICS[metric]}, k {k}" for k, metric in columns)
+    heads = " | ".join(f"{SUITE_METRICS[metric]}, k {k}" for k, metric in columns)
     return [f"| {first} | layer | {heads} |", "|---" * (2 + len(columns)) + "|"]
 
 
-def _mean(one: Result, who: str, k: int, metric: str) -> float:
-    return statistics.fmean(scores[who][str(k)][metric] for scores in one.scores.values())
+def mean_score(scores: Scores, who: str, k: int, metric: str) -> float:
+    """Over the datasets."""
+    return statistics.fmean(of_dataset[who][str(k)][metric] for of_dataset in scores.values())
+
+
+def mean_and_error(differences: Sequence[float]) -> tuple[float, float | None]:
+    """Of a difference over the datasets, and its standard error from their spread; of one dataset there is none."""
+    count = len(differences)
+    return statistics.fmean(differences), statistics.stdev(differences) / count**0.5 if count > 1 else None
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -122,5 +128,5 @@ def _difference(pairs: Sequence[tuple[Result, Result]], k: int, metric: str) -> 
         )
         for name in pairs[0][0].scores
     ]
-    error = f" ± {statistics.stdev(by_dataset) / len(by_dataset) ** 0.5:.3f}" if len(by_dataset) > 1 else ""
-    return f"{statistics.fmean(by_dataset):+.3f}{error}"
+    mean, error = mean_and_error(by_dataset)
+    return f"{mean:+.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -3,8 +3,6 @@
 import json
 import shutil
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import tiny
 import torch
@@ -151,17 +149,10 @@ def mistake(case, saved, labelled):
             return [other], labelled, ["--out", saved / "mine.txt" / "deeper"], "cannot write to"
         case "no content":
             for split, first in (("train", 1), ("test", 200)):
-                pyarrow.parquet.write_table(
-                    pyarrow.table({"text": [" " * (first + n) for n in range(120)], "label": [0, 1] * 60}),
-                    _made(saved / "empty") / f"{split}.parquet",
-                )
+                spaces = {"text": [" " * (first + n) for n in range(120)], "label": [0, 1] * 60}
+                tiny.write_parquet(saved / "empty" / f"{split}.parquet", spaces)
             return [other], [saved / "empty"], [], "content token"
     raise AssertionError(case)
-
-
-def _made(folder):
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 CASES = ["no SAE", "twice", "no dataset", "k", "k above F", "too few texts", "result in the way", "damaged", "missing"]

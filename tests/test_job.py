@@ -102,6 +102,13 @@ def interrupt_at(monkeypatch, step, error=KeyboardInterrupt):
     monkeypatch.setattr(loop, "train_step", train_step)
 
 
+def interrupted(out_dir, values, monkeypatch, step, **method):
+    """Run in out_dir until the step of that number, counted from 0."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, step)
+        start(out_dir, values, **method)
+
+
 def test_leaves_these_files_and_no_others(finished):
     expected = {"config.yaml", "final_info.json", "runtime.json", "training.png", "training_log.jsonl"}
     for layer in (0, 1):
@@ -215,9 +222,7 @@ def test_interrupted_run_goes_on_bit_for_bit(tmp_path, finished, values, monkeyp
     """Before the first checkpoint, right at one, and between two (15 and 30 of 40 steps)."""
     monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
     out_dir = tmp_path / "run_3"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, step)
-        start(out_dir, values)
+    interrupted(out_dir, values, monkeypatch, step)
     assert not (out_dir / "final_info.json").exists() and (out_dir / loop.CHECKPOINTS).exists() == (step >= 15)
     logged = [line["step"] for line in log(out_dir)] if step >= 5 else []
     assert logged == [s for s in range(5, step + 1, 5) for _ in (0, 1)]
@@ -235,9 +240,7 @@ def test_interrupted_twice_and_in_probing(tmp_path, finished, values, monkeypatc
     monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
     out_dir = tmp_path / "run_3"
     for step in (20, 33):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            interrupt_at(patch, step)
-            start(out_dir, values)
+        interrupted(out_dir, values, monkeypatch, step)
 
     def stop(*_given, **_named):
         raise KeyboardInterrupt
@@ -253,9 +256,7 @@ def test_interrupted_twice_and_in_probing(tmp_path, finished, values, monkeypatc
 def test_half_written_log_line_is_dropped_on_resume(tmp_path, finished, values, monkeypatch):
     monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
     out_dir = tmp_path / "run_3"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 32)
-        start(out_dir, values)
+    interrupted(out_dir, values, monkeypatch, 32)
     with open(out_dir / "training_log.jsonl", "a", encoding="utf-8") as opened:
         opened.write('{"step": 35, "la')
     start(out_dir, values)
@@ -266,9 +267,7 @@ def test_packed_decoder_without_cache_resumes_exactly(tmp_path, packed_values, m
     """LiveSource and our own method; step 75 of 100 lies in the second pass over the text."""
     straight = start(tmp_path / "straight" / "run_6", packed_values, checkpoint_every=70)
     broken = tmp_path / "broken" / "run_6"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 75)
-        start(broken, packed_values, checkpoint_every=70)
+    interrupted(broken, packed_values, monkeypatch, 75, checkpoint_every=70)
     start(broken, packed_values)
     assert weights(broken) == weights(straight) and log(broken, timeless=True) == log(straight, timeless=True)
     tokens = [read_json(path)["tokens"] for path in own_cache.glob("*/manifest.json")]
@@ -500,9 +499,7 @@ def test_killed_right_after_the_record_was_written(tmp_path, finished, values):
 def test_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path, finished, values, monkeypatch, capsys):
     monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
     out_dir = tmp_path / "run_3"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 32)
-        start(out_dir, values)
+    interrupted(out_dir, values, monkeypatch, 32)
     (out_dir / loop.CHECKPOINTS / "step_30" / "state.safetensors").write_bytes(b"half")
     steps, original = [], loop.train_step
     monkeypatch.setattr(loop, "train_step", lambda state, acts: steps.append(state.step) or original(state, acts))
@@ -514,9 +511,7 @@ def test_damaged_checkpoint_is_told_and_the_one_before_it_used(tmp_path, finishe
 def test_checkpoint_of_another_config(tmp_path, finished, values, monkeypatch):
     monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
     out_dir = tmp_path / "run_3"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 20)
-        start(out_dir, values)
+    interrupted(out_dir, values, monkeypatch, 20)
     config = yaml.safe_load((out_dir / "config.yaml").read_text())
     config["workload"]["learning_rate"] = 0.004
     (out_dir / "config.yaml").write_text(yaml.safe_dump(config))
@@ -528,9 +523,7 @@ def test_checkpoint_of_another_config(tmp_path, finished, values, monkeypatch):
 def test_checkpoints_without_their_config_are_nobodys(tmp_path, finished, values, monkeypatch, left):
     monkeypatch.setenv("FIPO_CACHE", str(finished.parent / "cache"))
     out_dir = tmp_path / "run_3"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        interrupt_at(patch, 20)
-        start(out_dir, values)
+    interrupted(out_dir, values, monkeypatch, 20)
     (out_dir / "config.yaml").unlink()
     if left is not None:
         (out_dir / "config.yaml").write_text(left)
