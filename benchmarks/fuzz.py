@@ -228,12 +228,14 @@ class Result(Target):
 
 
 class Compared(Result):
-    """The record of a finished run, made into the tables of `fipo compare`."""
+    """Record and times of a finished run, made into the tables of `fipo compare`."""
 
     name, share = "compared", 2.0
 
     def make(self, folder: Path) -> list[Path]:
         """With controls."""
+        runtime = folder / results.RUNTIME
+        runtime.write_text(json.dumps({"harvest": 1.5, "training": 2.5, "hardware": {"cpu": "some"}}), encoding="utf-8")
         (file,) = super().make(folder)
         record = json.loads(file.read_text(encoding="utf-8"))
         for layer in record["layers"].values():
@@ -241,7 +243,7 @@ class Compared(Result):
             layer |= {"k": None, "sparsity_penalty": 0.01, "eval_result_unstructured": {}}
         record["architecture"] = "relu"
         file.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        return [file]
+        return [file, runtime]
 
     def read(self, folder: Path) -> Any:
         """The tables, and the record that they are of."""

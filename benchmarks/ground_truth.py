@@ -250,10 +250,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True, help="result file")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--features", type=int, default=1024)
+    parser.add_argument("--features", type=int, default=4096)
     parser.add_argument("--width", type=int, default=256, help="D of the activations")
-    parser.add_argument("--k", nargs="+", type=int, default=[6], help="active latents a token")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--k", nargs="+", type=int, default=[8, 12, 16, 20], help="active latents a token")
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens to evaluate on")
     parser.add_argument("--truth", type=Path, help="where the truth is kept between calls")
@@ -263,6 +263,9 @@ def main() -> None:
         "--merge", nargs="+", type=Path, metavar="RESULT", help="results to put together; trains nothing"
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="1,024 features at k 6, 2,000 steps, one seed")
+    if "--quick" in sys.argv[1:]:
+        parser.set_defaults(features=1024, k=[6], steps=2000, seeds=[1])
     given = parser.parse_args()
     if given.judge and not (given.save and given.truth):
         parser.error("--judge needs --save and --truth, from which SAELens reads")

@@ -3,8 +3,8 @@
 Runs of one name, config and layer are seeds of one another: the table gives mean ± standard deviation over them. Where
 configs of one name differ, the name says in what (fipo.names). Below it the run given first is set against each other
 one, answer by answer, with 95 % bootstrap intervals. They say what other texts would change, not what other SAEs would:
-that is in the standard error over trainings, of all seeds and layers that both have. Reads run folders and the folders
-that `fipo probe --out` writes.
+that is in the standard error over trainings, of all seeds and layers that both have. Last come the times of whole runs,
+as ratios. Reads run folders and the folders that `fipo probe --out` writes.
 """
 
 import math
@@ -20,8 +20,8 @@ from fipo.errors import UserError
 from fipo.names import SPARSITY, additions, flat
 from fipo.pareto import Point
 from fipo.randomness import generator_for
-from fipo.report import FINAL, OUTCOMES
-from fipo.results import OUTCOMES_SUFFIX, RESULT_SUFFIX, read_probe_result, read_result
+from fipo.report import OUTCOMES
+from fipo.results import FINAL, OUTCOMES_SUFFIX, RESULT_SUFFIX, read_probe_result, read_result, read_runtime
 from fipo.saebench import overall_metrics
 from fipo.uncertainty import Answers, Interval, bootstrap
 from fipo.yamlfile import read_yaml
@@ -40,6 +40,7 @@ COLUMNS = {
     "random top-5": ("random_top_5_test_accuracy", "{:.3f}"),
 }
 COMPARED_KS = (1, 5)
+TIMED = ("harvest", "training")
 
 
 class Result(NamedTuple):
@@ -55,6 +56,8 @@ class Result(NamedTuple):
     origin: str
     config: dict[str, str]
     """The flat config of the run (fipo.names), empty where the folder holds none."""
+    runtime: dict[str, Any]
+    """What its `runtime.json` says of the run, whose `layers` stand beside it; empty where there is none."""
 
 
 def report(folders: Sequence[Path]) -> str:
@@ -67,7 +70,7 @@ def report(folders: Sequence[Path]) -> str:
     names = "; ".join(f"{run}: {', '.join(map(str, sorted(of)))}" for run, of in sorted(seeds.items()))
     notes = f"Mean ± standard deviation over seeds ({names}). Made by `fipo compare` from result files of:\n"
     origins = "\n".join(f"- {origin}" for origin in sorted({result.origin for result in results}))
-    return "\n".join([table(results), *differences(results), notes, origins]) + "\n"
+    return "\n".join([table(results), *differences(results), *times(results), notes, origins]) + "\n"
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -75,6 +78,7 @@ def read_results(folder: Path) -> list[Result]:
     if (folder / FINAL).is_file():
         info, file = read_result(folder), folder / "config.yaml"
         config = flat(read_yaml(file)) if file.is_file() else {}
+        runtime = {**found, "layers": list(info["layers"])} if (found := read_runtime(folder)) else {}
         return [
             Result(
                 info["run"],
@@ -85,6 +89,7 @@ def read_results(folder: Path) -> list[Result]:
                 folder / f"layer_{layer}" / OUTCOMES,
                 _origin(info),
                 config,
+                runtime,
             )
             for layer, record in info["layers"].items()
         ]
@@ -94,7 +99,7 @@ def read_results(folder: Path) -> list[Result]:
         sae = record["sae"]
         run, seed = sae.get("run") or sae["name"], sae.get("seed") or 0
         record = {**record, "workload": "-"}
-        found.append(Result(run, "", seed, sae["layer"], record, folder / beside, _origin(record), {}))
+        found.append(Result(run, "", seed, sae["layer"], record, folder / beside, _origin(record), {}, {}))
     if not found:
         raise UserError(f"{folder} holds no {FINAL} and no *{RESULT_SUFFIX}: finish the run, or leave it out")
     return found
@@ -196,6 +201,27 @@ def differences(results: Sequence[Result]) -> list[str]:
         return []
     heads = " | ".join(f"SAE top-{k}" for k in COMPARED_KS)
     return [f"| difference | layer | datasets | {heads} |", "|---" * (3 + len(COMPARED_KS)) + "|", *lines, ""]
+
+
+def times(results: Sequence[Result]) -> list[str]:
+    """Seconds of every run over those of the one given first: mean ± standard deviation over the seeds that both have
+    of the same layers on the same hardware."""
+    runtimes = {(r.run, r.record["workload"], r.seed): r.runtime for r in results if r.runtime}
+    base, lines = results[0].run, []
+    for other in dict.fromkeys(result.run for result in results if result.run != base):
+        pairs = [(of, runtimes.get((base, *which))) for (run, *which), of in runtimes.items() if run == other]
+        ratios = [
+            {phase: ours[phase] / theirs[phase] for phase in TIMED}
+            for ours, theirs in pairs
+            if theirs
+            and all(ours[key] == theirs[key] for key in ("hardware", "layers"))
+            and all(map(theirs.get, TIMED))
+        ]
+        if ratios:
+            lines.append(f"| {other} / {base} | {' | '.join(_cell(ratios, phase, '{:.2f}') for phase in TIMED)} |")
+    heads = " | ".join(f"{phase} time" for phase in TIMED)
+    note = "Times are as the runs met the machine, since each was last resumed; a harvest found on disk is only read."
+    return [f"| ratio | {heads} |", "|---" * (1 + len(TIMED)) + "|", *lines, "", note, ""] if lines else []
 
 
 def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int) -> dict[str, Interval]:

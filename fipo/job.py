@@ -29,7 +29,8 @@ from fipo.loop import CHECKPOINTS, LOG, train_all
 from fipo.memory import enough_memory, keep_freed
 from fipo.metrics import max_cosines, quality
 from fipo.provenance import hardware, provenance
-from fipo.report import FINAL, OUTCOMES
+from fipo.report import OUTCOMES
+from fipo.results import FINAL, RUNTIME
 from fipo.signals import StopSignals
 from fipo.state import TrainState
 from fipo.summary import outcomes
@@ -180,7 +181,7 @@ def finish(
     """Check that this is a result; write times, picture and, last, the record; print the table."""
     report.check_is_result(config, layers)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    write_json(out_dir / "runtime.json", {**phases.seconds, "peak_memory_gib": peak, **origin})
+    write_json(out_dir / RUNTIME, {**phases.seconds, "peak_memory_gib": peak, **origin})
     importance, batch = config.importance, config.workload.batch_tokens
     half_life = importance.half_life_tokens(batch) if importance else None
     report.draw(out_dir / LOG, out_dir / "training.png", title=f"{config.run}, {config.workload.name}")

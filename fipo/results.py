@@ -8,7 +8,7 @@ from typing import Any
 from fipo.errors import UserError
 from fipo.files import read_json
 
-FINAL = "final_info.json"
+FINAL, RUNTIME = "final_info.json", "runtime.json"
 RESULT_SUFFIX, OUTCOMES_SUFFIX = "_eval_results.json", "_outcomes.safetensors"
 SUITE_RESULT_SUFFIX = "_sae_probes_results.json"
 """How the names end of what `fipo probe --out` writes."""
@@ -68,6 +68,15 @@ def read_result(folder: Path) -> dict[str, Any]:
         if "k" in record and type(record["k"]) is not int:
             _check(file, f"{path}.sparsity_penalty", record.get("sparsity_penalty"), MEASURE)
     return info
+
+
+def read_runtime(folder: Path) -> dict[str, Any]:
+    """Seconds of the phases of the run in `folder`, with the hardware; empty where it has none."""
+    file = folder / RUNTIME
+    record = read_json(file) if file.is_file() else {}
+    if record:
+        _check(file, "", record, {"harvest": MEASURE, "training": MEASURE, "hardware": dict})
+    return record
 
 
 def read_probe_result(file: Path) -> dict[str, Any]:

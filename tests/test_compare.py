@@ -148,3 +148,33 @@ def test_answers_of_another_shape_are_damage(tmp_path):
         UserError, match=r"probing_outcomes.safetensors is damaged: topics/sae_top_1/right_TM has \(2, 3\)"
     ):
         report(folders)
+
+
+def timed(folder, training, harvest=10.0, cpu="some"):
+    times = {"harvest": harvest, "training": training, "hardware": {"cpu": cpu}}
+    (folder / "runtime.json").write_text(json.dumps(times))
+
+
+def test_times_are_ratios_to_the_run_given_first_seed_by_seed(tmp_path):
+    for run, trainings in (("run_0", (10.0, 20.0, 30.0)), ("run_6", (15.0, 40.0, 3.0))):
+        for seed, training in enumerate(trainings, start=1):
+            timed(finished(tmp_path / f"{run}_{seed}", run, seed, 0.3), training, cpu=f"{run}" if seed == 3 else "some")
+    folders = sorted(tmp_path.iterdir())
+    assert "| run_6 / run_0 | 1.00 ± 0.00 | 1.75 ± 0.35 |" in report(folders), "of the third seed the processors differ"
+    assert "| run_0 / run_6 | 1.00 ± 0.00 | 0.58 ± 0.12 |" in report(folders[::-1])
+    (tmp_path / "run_6_1" / "runtime.json").unlink()
+    assert "| run_6 / run_0 | 1.00 | 2.00 |" in report(folders)
+    timed(tmp_path / "run_6_1", "long")
+    with pytest.raises(UserError, match=r"runtime\.json: training is 'long'; expected a number"):
+        report(folders)
+
+
+def test_runs_of_other_layers_are_not_timed_against_each_other(tmp_path):
+    folders = [finished(tmp_path / run, run, 1, 0.3) for run in ("run_0", "run_6")]
+    for folder in folders:
+        timed(folder, 10.0)
+    assert "| run_6 / run_0 | 1.00 | 1.00 |" in report(folders)
+    info = json.loads((folders[1] / "final_info.json").read_text())
+    info["layers"]["5"] = {**info["layers"]["3"], "layer": 5}
+    (folders[1] / "final_info.json").write_text(json.dumps(info))
+    assert "| ratio |" not in report(folders)
