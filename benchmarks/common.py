@@ -34,6 +34,8 @@ def interleaved(work: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
     """Median seconds of each job; the jobs take turns, so that what disturbs the machine disturbs all of them."""
     for job in work.values():
         job()
+    if torch.cuda.is_available():  # what warmed up is not to be waited for on the clock
+        torch.cuda.synchronize()
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):
         for name, job in work.items():

@@ -25,6 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.config import LSH, Importance, Levels, Penalty, Probing, RunConfig, Text, Workload
 from fipo.data.prepare import statistics as mean_and_scale
@@ -118,10 +120,18 @@ def train(
     generator = generator_for(seed, "data", device=device)
     for sample in truth.batches(workload.train_tokens, workload.batch_tokens, generator):
         for place, state in enumerate(states):
-            started = time.process_time()
+            started = now(device)
             train_step(state, sample.acts_BD)
-            seconds[place] += time.process_time() - started
+            seconds[place] += now(device) - started
     return list(zip(states, seconds, strict=True))
+
+
+def now(device: str) -> float:
+    """Seconds: of this process's own work, or, on a GPU, of the clock once what was started there is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def evaluate(state: TrainState, truth: SyntheticModel, tokens: int, device: str = "cpu") -> Recovery:

@@ -55,7 +55,7 @@ class ImportanceEMA:
             sum_F = codes.sum(0, dtype=torch.float32) if self.norm == "l1" else codes.float().pow(2).sum(0)
             largest_F = codes.amax(0).float()
         self._sum_F += sum_F
-        self._largest_F = torch.maximum(self._largest_F, largest_F)
+        torch.maximum(self._largest_F, largest_F, out=self._largest_F)  # in place: a recording reads it (fipo.graphs)
         self._tokens += codes.batch if isinstance(codes, Codes) else codes.shape[0]
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ DEVICE = "cuda" if GPU else "cpu"
 pytest.importorskip("triton")
 
 from fipo import kernels, objective, search, sparse, train, update  # noqa: E402
-from fipo.config import LSH, Optimiser  # noqa: E402
+from fipo.config import LSH, Optimiser, RunConfig  # noqa: E402
 from fipo.graphs import StepGraphs  # noqa: E402
 from fipo.state import build_state  # noqa: E402
 from fipo.train import compute, numbers_of, padded, plan_of, train_step  # noqa: E402
@@ -211,11 +212,40 @@ def test_what_a_recording_is_given_makes_no_difference(name):
     assert all(torch.allclose(one[key].double(), other[key].double(), rtol=1e-6, atol=1e-9) for key in one)
 
 
+PLAIN = {"run_6": {}, "topk": {}, "batchtopk": {"architecture": "batchtopk"}}
+"""Steps that are recorded: with every part, and without levels."""
+
+
+def sparse_config(name: str, **changes: Any) -> RunConfig:
+    return toys.run_config("run_6" if name == "run_6" else "topk", **PLAIN[name], **changes)
+
+
+@pytest.mark.parametrize("name", list(PLAIN))
+def test_what_is_recorded_copies_nothing_from_the_processor(name, by_kernels, monkeypatch):
+    """A recording of torch.tensor(number, device="cuda") is an error."""
+    by_kernels(True)
+    config = sparse_config(name, optimiser=Optimiser())
+    state = build_state(config, 0, torch.zeros(toys.WIDTH), 1.0, DEVICE)
+    first, second = (acts_BD.to(DEVICE) for acts_BD in toys.activations(2))
+    plan = plan_of(state, len(first))
+    numbers = train.Numbers(*(torch.full((), number, device=DEVICE) for number in numbers_of(state)))
+    compute(state, plan, numbers, first, padded(state))
+
+    def refuse(given, *_settings, **_named):
+        assert isinstance(given, torch.Tensor), "a copy from the processor"
+        return given
+
+    monkeypatch.setattr(torch, "as_tensor", refuse)
+    monkeypatch.setattr(torch, "tensor", refuse)
+    compute(state, plan, numbers, second, padded(state))
+
+
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", ["run_6", "topk"])
+@pytest.mark.parametrize("name", list(PLAIN))
 def test_recorded_steps_equal_steps_bit_by_bit(name, monkeypatch):
-    config = toys.run_config(name, steps=40, optimiser=Optimiser())
+    """Two latents are silent; memory that nobody holds is written over between the steps."""
+    config = sparse_config(name, steps=40, optimiser=Optimiser())
     config = replace(
         config,
         workload=replace(config.workload, dead_tokens=10**6),
@@ -226,8 +256,11 @@ def test_recorded_steps_equal_steps_bit_by_bit(name, monkeypatch):
         if not record:
             monkeypatch.setattr(train, "recordable", lambda *_: False)
         state = build_state(config, 0, torch.zeros(toys.WIDTH), 1.0, "cuda")
+        state.sae.enc_bias_F.data[[2, 3]] = -100.0
         for acts_BD in toys.activations(30):
             report = train_step(state, acts_BD.cuda())
+            assert len([torch.ones(toys.LATENTS, device="cuda") for _ in range(2000)]) == 2000
+        assert state.importance.silent_tokens_F.max() > 20 * toys.BATCH
         recorded += len(state.graphs._recorded)
         found.append(state.state_dict() | {"loss": report.terms.total.clone(), "residual": report.residual_BD.clone()})
     assert recorded > 0
@@ -270,7 +303,7 @@ def test_a_gpu_notices_dead_latents_at_the_step_at_which_a_processor_does():
 def test_a_gpu_training_follows_a_processor_s():
     config = toys.run_config("run_6", steps=40)
     states = [build_state(config, 0, torch.zeros(toys.WIDTH), 1.0, device) for device in ("cpu", "cuda")]
-    config_lsh = replace(config, lsh=None, penalty=None, reservoir=None)
+    config_lsh = replace(config, lsh=None, penalty=None, reservoir=None, levels=replace(config.levels, drawn=False))
     for state in states:  # what draws from generators, which differ by device, is off
         state.config, state.reservoir = config_lsh, None
     for acts_BD in toys.activations(20):

@@ -596,3 +596,24 @@ def test_training_on_planted_features_explains_them(name):
     run(state, batches[:300])
     after = quality(state.sae, batches[300:])
     assert after.fvu < 0.3 < before.fvu and after.fvu < 0.5 * before.fvu
+
+
+@pytest.mark.parametrize("name", ["run_0", "run_3", "run_6", "topk"])
+def test_a_step_changes_its_state_where_it_lies(name):
+    """A recording of it (fipo.graphs) reads and writes the memory that it was made with."""
+    state = toys.fresh(toys.run_config(name))
+
+    def tensors() -> dict[str, torch.Tensor]:
+        holders = {"importance": state.importance, "reservoir": state.reservoir, "faults": state.faults}
+        held = {f"{name}.{key}": value for name, one in holders.items() if one for key, value in vars(one).items()}
+        for key, parameter in state.sae.named_parameters():
+            held |= {f"adam.{key}.{moment}": value for moment, value in state.optimizer.state[parameter].items()}
+        held |= dict(state.sae.named_parameters()) | dict(state.sae.named_buffers())
+        return {key: value for key, value in held.items() if isinstance(value, torch.Tensor)}
+
+    first, second = toys.activations(2)
+    train_step(state, first)
+    before = tensors()
+    train_step(state, second)
+    after = tensors()
+    assert [key for key in before if after[key] is not before[key]] == []

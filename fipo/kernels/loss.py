@@ -20,7 +20,10 @@ def nested_error(
     grad_BMD, left_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
     slices = triton.cdiv(width, WIDTH)
     squares_BTM = torch.empty(batch, slices, levels, device=x_BD.device)
-    hold = torch.as_tensor(hold, dtype=torch.float32, device=x_BD.device)
+    if isinstance(hold, Tensor):
+        hold = hold.to(x_BD.device, torch.float32)
+    else:  # filled there: a copy from the processor's memory cannot be recorded (fipo.graphs)
+        hold = torch.full((), hold, dtype=torch.float32, device=x_BD.device)
     given = parts_BMD.contiguous(), bias_D, x_BD.contiguous(), hold, grad_BMD, left_BD, squares_BTM
     numbers = width, 2 / parts_BMD.numel(), float(plain)
     _nested_error[(batch, slices)](*given, *numbers, LEVELS=levels, WIDTH=WIDTH, num_warps=2)
