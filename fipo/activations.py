@@ -70,7 +70,7 @@ class TopK(Activation):
 
     def forward(self, pre_BF: Tensor, *, as_pairs: bool = False, k: int | None = None) -> Codes | Tensor:
         """Codes [B, F], or their pairs without a gradient."""
-        k = k or self.k
+        k = min(k or self.k, pre_BF.shape[-1])
         latents_BK = largest_of_rows(pre_BF.detach(), k)
         values_BK = pre_BF.gather(-1, latents_BK).relu()
         if not as_pairs:

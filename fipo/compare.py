@@ -7,6 +7,7 @@ that is in the standard error over trainings, of all seeds and layers that both 
 as ratios. Reads run folders and the folders that `fipo probe --out` writes.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -17,13 +18,13 @@ from torch import Tensor
 
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
-from fipo.names import SPARSITY, additions, flat
+from fipo.names import SPARSITY, additions, flat, suite_names
 from fipo.pareto import Point
 from fipo.randomness import generator_for
 from fipo.report import OUTCOMES
 from fipo.results import FINAL, OUTCOMES_SUFFIX, RESULT_SUFFIX, read_probe_result, read_result, read_runtime
 from fipo.saebench import overall_metrics
-from fipo.uncertainty import Answers, Interval, bootstrap
+from fipo.uncertainty import Answers, Interval, bootstrap, joined
 from fipo.yamlfile import read_yaml
 
 COLUMNS = {
@@ -127,9 +128,10 @@ def pareto_points(folders: Sequence[Path]) -> list[Point]:
     """Explained variance against top-1 of every run; what lacks one of them, as a `fipo probe` result, is left out."""
     results = _by_config([result for folder in folders for result in read_results(folder)])
     _refuse_twins(results)
+    told = suite_names(map(_suite, results))
     return [
         Point(
-            f"top-1 of sparse probing, {result.record['workload']}, layer {result.layer}",
+            f"top-1 of sparse probing, {told[_suite(result)]}, layer {result.layer}",
             result.run,
             result.setting,
             1 - result.record["held_out_fvu"],
@@ -167,8 +169,9 @@ def _by_sparsity(results: Sequence[Result]) -> list[Result]:
 def table(results: Sequence[Result]) -> str:
     """One row a workload, run and layer."""
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    told = suite_names(map(_suite, results))
     for result in results:
-        groups.setdefault((result.record["workload"], result.run, result.layer), []).append(_flat(result.record))
+        groups.setdefault((told[_suite(result)], result.run, result.layer), []).append(_flat(result.record))
     shown = {
         title: column for title, column in COLUMNS.items() if any(column[0] in r for of in groups.values() for r in of)
     }
@@ -225,24 +228,30 @@ def times(results: Sequence[Result]) -> list[str]:
 
 
 def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int) -> dict[str, Interval]:
-    """`all` and every dataset -> difference of accuracies over the seeds that both runs have."""
+    """`all` and every dataset -> difference of accuracies over the seeds that both runs have. Seeds that answered the
+    same texts are drawn together: a text is no surer for being asked of more of them."""
     found: dict[str, list[Answers]] = {}
-    by_seed = {(r.run, r.record["workload"], r.seed): r for r in results if r.layer == layer}
-    for (run, *which), result in by_seed.items():
-        partner = by_seed.get((base, *which))
-        if run != other or partner is None or not (result.outcomes.is_file() and partner.outcomes.is_file()):
+    taken: set[tuple[str, int, str]] = set()
+    of_run = {run: [r for r in results if (r.run, r.layer) == (run, layer)] for run in (base, other)}
+    for result, partner in itertools.product(of_run[other], of_run[base]):
+        workload, seed = result.record["workload"], result.seed
+        if (workload, seed) != (partner.record["workload"], partner.seed):
+            continue
+        if not (result.outcomes.is_file() and partner.outcomes.is_file()):
             continue
         ours, theirs = load_tensors(result.outcomes), load_tensors(partner.outcomes)
         for name in [key.removesuffix("/rows_TM") for key in ours if key.endswith("/rows_TM")]:
             key = f"{name}/sae_top_{k}/right_TM"
             same = f"{name}/rows_TM" in theirs and ours[f"{name}/rows_TM"].equal(theirs[f"{name}/rows_TM"])
-            if same and key in ours and key in theirs:
+            if same and key in ours and key in theirs and (workload, seed, name) not in taken:
+                taken.add((workload, seed, name))
                 _check_answers(result.outcomes, ours, name, key)
                 _check_answers(partner.outcomes, theirs, name, key)
                 values_TM = ours[key].double() - theirs[key].double()
                 found.setdefault(name, []).append(Answers(values_TM, ours[f"{name}/rows_TM"].long()))
     if not found:
         return {}
+    found = {name: joined(answers) for name, answers in found.items()}
     intervals = {
         name: bootstrap(answers, generator_for(0, "bootstrap", name, layer, k))[1] for name, answers in found.items()
     }

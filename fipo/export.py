@@ -101,6 +101,12 @@ def load_sae(folder: Path | str) -> SAE:
     architecture = _field(folder, config, "architecture", str)
     if architecture not in READ:
         raise UserError(f"{folder}/cfg.json: architecture is {architecture[:100]}; expected one of {', '.join(READ)}")
+    for key in ("activation_fn", "activation_fn_str"):  # SAELens before version 6 kept TopK as `standard`
+        if architecture == "standard" and config.get(key, "relu") != "relu":
+            raise UserError(
+                f"{folder}/cfg.json: {key} of a standard SAE is {repr(config[key])[:100]}; expected relu: save it anew "
+                "in the format of SAELens 6"
+            )
     width, latents = _field(folder, config, "d_in", int), _field(folder, config, "d_sae", int)
     shapes = {"W_enc": (width, latents), "b_enc": (latents,), "W_dec": (latents, width), "b_dec": (width,)}
     shapes |= {"threshold": (latents,)} if architecture == "jumprelu" else {}

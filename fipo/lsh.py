@@ -47,9 +47,9 @@ def project(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
 
 
 def collision_probability(cos: Tensor, tables: int, bits: int) -> Tensor:
-    """p(cos) = 1 - (1 - (1-θ/π)^S)^T, the chance that two rows share a bucket in some table."""
+    """p(cos) = 1 - (1 - (1-θ/π)^S)^T, the chance that two rows share a bucket in some table; exact where small."""
     agree = 1 - cos.clamp(-1, 1).acos() / math.pi
-    return 1 - (1 - agree.pow(bits)).pow(tables)
+    return -torch.expm1(tables * torch.log1p(-agree.pow(bits)))
 
 
 def tables_at_once(device: torch.device, numbers: int) -> int:

@@ -4,7 +4,7 @@ A run's name says which experiment it is; its config.yaml may have changed anyth
 name, a run's own values are added to its name, such as `run_8, penalty.kind ortsae` beside `run_8, penalty off`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 NOT_COMPARED = {"run", "seed", "workload.layers", "log_every", "checkpoint_every", "checkpoint_share"}
@@ -37,3 +37,10 @@ def additions(configs: Sequence[Mapping[str, str]], without: set[str]) -> list[s
     short = [", ".join(values[:SHOWN]) for values in own]
     enough = len(set(short)) == len({tuple(values) for values in own})
     return short if enough else [", ".join(values) for values in own]
+
+
+def suite_names(suites: Iterable[tuple[str, tuple[str, ...]]]) -> dict[tuple[str, tuple[str, ...]], str]:
+    """Name of each workload with its datasets: the workload, and the datasets where those of a workload differ."""
+    different = dict.fromkeys(suites)
+    workloads = [workload for workload, _ in different]
+    return {one: one[0] if workloads.count(one[0]) == 1 else f"{one[0]}: {', '.join(one[1])}" for one in different}

@@ -220,7 +220,10 @@ def orthogonality(
     def payments(payer_P: Tensor, holder_P: Tensor, share_P: Tensor) -> Tensor:
         cos_P = _Cosines.apply(dec_FD, rows_RD, payer_P, holder_P + first_held)
         cost_P = share_P * (payer_P != holder_P) * (cos_P - margin).relu().pow(2)
-        return cost_P / probability(cos_P.detach()) if estimator == "unbiased" and probability else cost_P
+        if estimator != "unbiased" or probability is None:
+            return cost_P
+        # Pairs have moved since they were found: of opposite ones, which pay nothing, the chance is 0.
+        return cost_P / probability(cos_P.detach()).clamp_min(torch.finfo(cost_P.dtype).tiny)
 
     payer_P, cost_P = lower_P, payments(lower_P, upper_P, share_P)
     if yields == "both":

@@ -71,6 +71,7 @@ class Numbers(NamedTuple):
 
 def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
     """One step on model activations [B, D]: the only mutator of `state`. `UserError` where it is not finite."""
+    state.importance.discard()  # what was encoded since the last step is no part of this one
     refresh_pairs(state)
     plan, numbers = plan_of(state, len(acts_BD)), numbers_of(state)
     if state.graphs is not None and recordable(state, plan):

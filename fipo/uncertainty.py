@@ -66,6 +66,18 @@ def bootstrap(
     return [_interval(mean, drawn_R) for mean, drawn_R in zip(means, drawn_DR, strict=True)], whole
 
 
+def joined(answers: Sequence[Answers]) -> list[Answers]:
+    """Those of the same texts as one, of more tasks."""
+    same: list[list[Answers]] = []
+    for one in answers:
+        group = next((of for of in same if of[0].rows_TM.equal(one.rows_TM)), None)
+        if group is None:
+            same.append([one])
+        else:
+            group.append(one)
+    return [Answers(*map(torch.cat, zip(*group, strict=True))) for group in same]
+
+
 def _resampled(answers: Answers, generator: torch.Generator, resamples: int) -> Tensor:
     """The dataset's mean under `resamples` draws of its texts, [R]."""
     texts_K, place_TM = answers.rows_TM.unique(return_inverse=True)

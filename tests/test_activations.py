@@ -50,6 +50,13 @@ def test_topk_keeps_the_k_largest_positive_of_each_token(seed):
     assert torch.equal(TopK(4)(pre_BF), expected_BF)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_topk_of_fewer_latents_than_k_keeps_all(dtype):
+    pre_BF = torch.randn(4, 5, generator=toys.seeded()).to(dtype)
+    assert TopK(9)(pre_BF).equal(pre_BF.relu())
+    assert TopK(9)(pre_BF, as_pairs=True).dense().equal(pre_BF.float().relu())
+
+
 def test_topk_with_few_positive_values_has_fewer_codes():
     codes_BF = TopK(3)(torch.tensor([[-1.0, 2.0, -3.0, -4.0]]))
     assert torch.equal(codes_BF, torch.tensor([[0.0, 2.0, 0.0, 0.0]]))

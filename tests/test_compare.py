@@ -1,6 +1,7 @@
 """Tables of several runs: means and spreads over seeds from result files alone."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -95,6 +96,60 @@ def test_over_trainings_the_spread_is_that_of_the_differences(tmp_path):
 def test_an_unfinished_run_is_named(tmp_path):
     with pytest.raises(UserError, match="holds no final_info.json"):
         report([tmp_path])
+
+
+def answered(folder, right_TM, rows_TM=None, name="topics"):
+    rows_TM = torch.arange(right_TM.shape[1]).repeat(len(right_TM), 1) if rows_TM is None else rows_TM
+    tensors = {f"{name}/rows_TM": rows_TM, f"{name}/sae_top_1/right_TM": right_TM}
+    save_tensors(folder / "layer_3" / "probing_outcomes.safetensors", tensors)
+    return folder
+
+
+def interval(folders):
+    line = next(line for line in report(folders).splitlines() if "| 3 | all |" in line)
+    mean, low, high = re.search(r"([+-]\d\.\d+) \[([+-]\d\.\d+), ([+-]\d\.\d+)\]", line).groups()
+    return float(mean), float(high) - float(low)
+
+
+def test_more_seeds_on_the_same_texts_do_not_narrow_what_texts_leave_open(tmp_path):
+    """Three trainings that all give the same answers tell no more of other texts than one does; on texts of their own
+    they do."""
+    generator = torch.Generator().manual_seed(0)
+    right = {run: torch.rand(2, 200, generator=generator) < share for run, share in (("run_8", 0.6), ("run_6", 0.7))}
+
+    def folders(seeds, name, mixed):
+        made = []
+        for run, right_TM in right.items():
+            for seed in range(seeds):
+                order = torch.randperm(200, generator=torch.Generator().manual_seed(seed if mixed else 0))
+                folder = finished(tmp_path / f"{name}{run}{seed}", run, seed, 0.3)
+                made.append(answered(folder, right_TM, order.repeat(2, 1)))
+        return made
+
+    mean, width = interval(folders(1, "one", False))
+    assert interval(folders(3, "same", False)) == pytest.approx((mean, width), abs=0.012)
+    assert interval(folders(3, "own", True)) == pytest.approx((mean, width / 3**0.5), abs=0.012)
+
+
+def test_scores_on_other_datasets_are_no_seeds_of_one_another(tmp_path):
+    first = finished(tmp_path / "first", "run_6", 1, 0.2, top_1=0.9)
+    other = rescored(finished(tmp_path / "other", "run_6", 1, 0.2), ["b"], 0.6)
+    lines = report([first, other]).splitlines()
+    assert lines[2].startswith("| minilm: a | run_6 | 3 | 0.200 | 32.0 | 1.00% | 0.250 | 0.900 |")
+    assert lines[3].startswith("| minilm: b | run_6 | 3 | 0.200 | 32.0 | 1.00% | 0.250 | 0.600 |")
+    assert len({point.panel for point in pareto_points([first, other])}) == 2
+
+
+def test_of_scores_on_several_datasets_none_is_left_out(tmp_path):
+    folders = []
+    for run, share in (("run_8", 2), ("run_6", 3)):
+        for name in ("a", "b"):
+            folder = rescored(finished(tmp_path / f"{run}{name}", run, 1, 0.3), [name], 0.6)
+            folders.append(answered(folder, torch.arange(4).repeat(2, 1) < share, name=name))
+    compared = [
+        line.split("|")[3].strip() for line in report(folders).splitlines() if line.startswith("| run_6 - run_8")
+    ]
+    assert compared[:3] == ["all", "a", "b"]
 
 
 def test_what_is_given_twice_is_no_second_seed(tmp_path):

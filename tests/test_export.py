@@ -196,6 +196,11 @@ def test_wrong_threshold_shape(tmp_path):
         ({"d_sae": -1}, "d_sae is -1; expected int"),
         ({"architecture": ["standard"]}, "architecture is .'standard'.; expected str"),
         ({"apply_b_dec_to_input": 1}, "apply_b_dec_to_input is 1; expected bool"),
+        (
+            {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}},
+            "activation_fn_str of a standard SAE is 'topk'",
+        ),
+        ({"activation_fn": "tanh-relu"}, "activation_fn of a standard SAE is 'tanh-relu'; expected relu"),
         ({"reshape_activations": "hook_z"}, "reshape_activations is not folded"),
         ({"architecture": "topk", "k": LATENTS + 1}, "k is 17; expected at most d_sae, 16"),
         ({"architecture": "topk", "k": "3"}, "k is '3'; expected int"),

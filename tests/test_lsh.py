@@ -63,6 +63,14 @@ def test_collision_probability_matches_monte_carlo(angle, tables, bits):
     assert abs(met - expected) < 4 * math.sqrt(expected * (1 - expected) / draws)
 
 
+def test_collision_probability_is_exact_where_it_is_small():
+    for cos in (-0.9, -0.5, 0.0, 0.1):
+        exact = collision_probability(torch.tensor(cos, dtype=torch.float64), 4, 20).item()
+        expected = 4 * (1 - math.acos(cos) / math.pi) ** 20  # to first order
+        assert exact == pytest.approx(expected, rel=1e-4)
+        assert collision_probability(torch.tensor(cos), 4, 20).item() == pytest.approx(exact, rel=1e-4)
+
+
 def test_collision_probability_at_the_ends():
     cos = torch.tensor([1.0 + 1e-6, 1.0, -1.0, -1.0 - 1e-6], dtype=torch.float64)
     assert torch.allclose(collision_probability(cos, 4, 3), torch.tensor([1.0, 1.0, 0.0, 0.0], dtype=torch.float64))

@@ -232,7 +232,7 @@ def test_orthonormal_and_anti_parallel_rows_pay_exactly_nothing(estimator, yield
     value.backward()
     assert value == 0 and not dec_FD.grad.any()
     opposite_FD = torch.stack([rows(1)[0], -3 * rows(1)[0]]).requires_grad_()
-    value = orthogonality(opposite_FD, sigma(2), all_pairs(2), estimator="sum", yields=yields)
+    value = orthogonality(opposite_FD, sigma(2), all_pairs(2), **keywords)
     value.backward()
     assert value == 0 and not opposite_FD.grad.any()
 
