@@ -6,6 +6,7 @@ The training loop itself, at the shapes of the default workload (three layers of
 a step), on random activations in place of a language model's. `size_mb`: of one checkpoint.
 """
 
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import arguments, publish
+from benchmarks.common import arguments, command, publish
 from fipo import checkpoint, loop, runs
 from fipo.signals import StopSignals
 
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

@@ -3,7 +3,9 @@
 import argparse
 import itertools
 import os
+import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,17 +13,52 @@ from typing import Any
 
 import torch
 
-from fipo.files import write_json
+from fipo.errors import EXIT_CODE, UserError
+from fipo.files import writable, write_json
 from fipo.provenance import hardware, provenance
 
 
 def arguments(description: str | None, **defaults: Any) -> argparse.Namespace:
-    """`--json OUT` and an option for each default, of its type."""
+    """`--json OUT`, where a file can be written, and an option for each default, of its type: whole numbers of zero or
+    more where the default is a flag's or a seed's (0 or 1), else positive ones."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here")
     for name, default in defaults.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="%(default)s")
-    return parser.parse_args()
+    given = parser.parse_args()
+    for name, default in defaults.items():
+        least = int(isinstance(default, int) and default > 1)
+        if isinstance(default, int) and getattr(given, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(given, name)}; expected at least {least}")
+    ready(given.json)
+    return given
+
+
+def ready(path: Path | None) -> None:
+    """See that the result can be written, before hours go into it."""
+    if path is not None:
+        if path.is_dir():
+            raise UserError(f"--json {path} is a folder; name a file")
+        with writable(path.parent, "--json"):
+            pass
+
+
+def program(python: str, option: str, hint: str) -> None:
+    """See that another environment's Python is there, before anything is measured."""
+    if shutil.which(python) is None:
+        raise UserError(f"{option} {python} is no program; {hint}")
+
+
+def command(main: Callable[[], int | None]) -> int:
+    """The exit code of a benchmark: what a user can put right is told in one line."""
+    try:
+        return main() or 0
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_CODE
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return 130
 
 
 def as_found() -> dict[str, str]:

@@ -11,6 +11,7 @@ both: reading weights and text, tokenising, mean and scale of the first pool, ch
 model, on any device: it tries the code and says nothing of the card.
 """
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from unittest import mock
 import torch
 
 from benchmarks import roofline
-from benchmarks.common import arguments, publish
+from benchmarks.common import arguments, command, publish
 from benchmarks.gemma_job import GEMMA, PHASES, TINY, Job, RandomModel, feature_maps, measured, run_config, scales
 from benchmarks.our_step import make_families
 from benchmarks.roofline import Cost, counted
@@ -170,4 +171,4 @@ def assumptions() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

@@ -39,7 +39,7 @@ import torch  # noqa: E402
 import toys  # noqa: E402
 import yaml  # noqa: E402
 
-from benchmarks.common import publish  # noqa: E402
+from benchmarks.common import command, publish, ready  # noqa: E402
 from fipo import checkpoint, compare, report, results, runs, saved, suite_table  # noqa: E402
 from fipo.activations import build_activation  # noqa: E402
 from fipo.config import Probing, Text  # noqa: E402
@@ -608,6 +608,9 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.cases < 1:
+        raise UserError(f"--cases is {arguments.cases}; expected at least 1")
+    ready(arguments.json)
     datasets.disable_progress_bars()
     root = Path(tempfile.mkdtemp(prefix="fipo_fuzz_"))
     chance = random.Random(arguments.seed)
@@ -635,4 +638,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,8 +31,9 @@ import torch
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.config import LSH, Importance, Levels, Penalty, Probing, RunConfig, Text, Workload
 from fipo.data.prepare import statistics as mean_and_scale
+from fipo.errors import EXIT_CODE, UserError
 from fipo.export import save_sae
-from fipo.files import read_json, write_json
+from fipo.files import read_json, writable, write_json
 from fipo.provenance import hardware, provenance
 from fipo.randomness import generator_for
 from fipo.records import require
@@ -162,9 +164,11 @@ def judged(rows: list[Row], python: str, saved: Path, truth: Path, tokens: int) 
     command = [python, str(root / "saelens_reference.py"), "judge", *folders]
     command += ["--truth", str(truth), "--tokens", str(tokens)]
     environment = {**os.environ, "PYTHONPATH": str(root.parent)}
-    said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"--judge {python} ended with {done.returncode}; what it said stands above")
     for row, folder in zip(rows, folders, strict=True):
-        verdict = json.loads(said)[folder]
+        verdict = json.loads(done.stdout)[folder]
         for name, path in JUDGED.items():
             value: Any = verdict
             for key in path.split("."):
@@ -226,6 +230,9 @@ def ratios(rows: list[Row], ours: str = "fipo") -> dict[str, float]:
 def merged(files: Sequence[Path]) -> dict[str, Any]:
     """Rows of several results as one result; settings must be the same, and no row may come twice."""
     results = [read_json(file) for file in files]
+    for file, result in zip(files, results, strict=True):
+        whole = isinstance(result, dict) and {"settings", "git_revision", "rows"} <= result.keys()
+        require(whole, "--merge", str(file), "a result of benchmarks/ground_truth.py")
     rows: dict[tuple[Any, ...], Row] = {}
     for file, result in zip(files, results, strict=True):
         same = result["settings"] == results[0]["settings"]
@@ -279,6 +286,14 @@ def main() -> None:
     given = parser.parse_args()
     if given.judge and not (given.save and given.truth):
         parser.error("--judge needs --save and --truth, from which SAELens reads")
+    if given.judge and shutil.which(given.judge) is None:
+        raise UserError(f"--judge {given.judge} is no program; give the Python of an environment with sae-lens")
+    for name in ("methods", "seeds", "k"):  # a row twice would count as a seed more
+        values = getattr(given, name)
+        require(len(set(values)) == len(values), f"--{name}", values, "each once")
+    require(given.tokens > 1, "--tokens", given.tokens, "at least 2 tokens to evaluate on")
+    with writable(given.json.parent, "--json"):
+        pass
     if given.merge:
         result = merged(given.merge)
         if given.judge:
@@ -286,23 +301,33 @@ def main() -> None:
         publish(given.json, result)
         return
     truth = the_truth(given.features, given.width, given.truth).to(given.device)
-    rows = []
+    rows: list[Row] = []
+    settings = {name: getattr(given, name) for name in ("features", "width", "steps", "rate", "tokens")}
+    result = {"name": "ground_truth", "settings": settings, "hardware": hardware(given.device), **provenance()}
     for seed in given.seeds:
         for row in run(given.methods, seed, truth, given):
             rows.append(row)
             sys.stderr.write(json.dumps(row) + "\n")
+        write(given.json, {**result, "rows": rows})  # what is cut off, or judged in vain, leaves the seeds before
     if given.judge:
         judged(rows, given.judge, given.save, given.truth, given.tokens)
-    settings = {name: getattr(given, name) for name in ("features", "width", "steps", "rate", "tokens")}
-    origin = {"hardware": hardware(given.device), **provenance()}
-    publish(given.json, {"name": "ground_truth", "settings": settings, **origin, "rows": rows})
+    publish(given.json, {**result, "rows": rows})
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write the result with its ratios."""
+    write_json(path, {**result, "ratios": ratios(result["rows"])})
 
 
 def publish(path: Path, result: dict[str, Any]) -> None:
-    """Write the result with its ratios, print its table."""
-    write_json(path, {**result, "ratios": ratios(result["rows"])})
+    """The same, and print its table."""
+    write(path, result)
     sys.stdout.write(table(result["rows"]) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_CODE)

@@ -2,13 +2,17 @@
 
     python -m benchmarks.lsh [--json OUT]
 
-The projection of F decoder rows onto T·S planes, in float32 and under `torch.autocast` (bfloat16): peak of the memory
-allocated while it runs beyond what was there before, time, and the share of the F·T·S sign bits that are the same.
+The projection of F decoder rows onto T·S planes, as many as the defaults have, in float32 and under `torch.autocast`
+(bfloat16): peak of the memory allocated while it runs beyond what was there before, time, and the share of the F·T·S
+sign bits that are the same.
 """
+
+import sys
 
 import torch
 
-from benchmarks.common import arguments, interleaved, publish
+from benchmarks.common import arguments, command, interleaved, publish
+from fipo.config import LSH
 from fipo.lsh import bucket_numbers, project
 
 
@@ -29,8 +33,9 @@ def peak_bytes(work: object) -> int:
     return most
 
 
-def row(latents: int, width: int, tables: int, bits: int) -> dict[str, object]:
+def row(latents: int, width: int) -> dict[str, object]:
     """One shape."""
+    tables, bits = LSH().tables, LSH().bits_of(latents)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     unit_FD = torch.nn.functional.normalize(torch.randn(latents, width, generator=generator), dim=1).to(device)
@@ -57,7 +62,7 @@ def row(latents: int, width: int, tables: int, bits: int) -> dict[str, object]:
 def main() -> None:
     """Measure and publish."""
     given = arguments(__doc__)
-    rows = [row(3072, 384, 16, 5), row(16_384, 768, 16, 7), row(65_536, 2304, 16, 8)]
+    rows = [row(3072, 384), row(16_384, 768), row(65_536, 2304)]
     ratios = {}
     for one, name in zip(rows, ("minilm", "16k", "65k"), strict=True):
         ratios |= {f"{name}_{key.replace(' ', '_')}": float(one[key]) for key in list(one)[3:]}  # type: ignore[arg-type]
@@ -65,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

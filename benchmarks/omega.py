@@ -15,6 +15,7 @@ the cheapest exact form that we know.
 """
 
 import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import arguments, interleaved, publish
+from benchmarks.common import arguments, command, interleaved, publish
 from benchmarks.ground_truth import PARTS, config_of, evaluate
 from fipo.config import LSH, Importance
 from fipo.data.prepare import statistics as mean_and_scale
+from fipo.errors import UserError
 from fipo.lsh import candidate_pairs
 from fipo.metrics import max_cosines
 from fipo.objective import orthogonality
@@ -55,13 +57,15 @@ WAYS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 def dearest_pairs(unit_FD: Tensor, sigma_F: Tensor, rows: int = 1024) -> Tensor:
     """Every row's pair [P, 2] with a more important row for which it pays most, ω cos² with ω = σ / (σ + own σ): with
-    these alone Ω (`max`) is that of all pairs. Searches all of them."""
-    found = []
-    for members_N in torch.arange(len(unit_FD), device=unit_FD.device).split(rows):
-        own_N1 = sigma_F[members_N, None]
-        cost_NF = (unit_FD[members_N] @ unit_FD.T).relu_().square_() * precedence(sigma_F, own_N1)
-        cost_N, partner_N = cost_NF.masked_fill_(sigma_F[None, :] <= own_N1, 0.0).max(1)
-        found.append(torch.stack([members_N, partner_N], 1)[cost_N > 0])
+    these alone Ω (`max`) is that of all pairs. Sorted by σ, so that each row meets the more important ones alone."""
+    order_F = sigma_F.argsort(descending=True)
+    unit_FD, sigma_F, found = unit_FD[order_F], sigma_F[order_F], []
+    for start in range(0, len(unit_FD), rows):
+        end = min(start + rows, len(unit_FD))
+        own_N1 = sigma_F[start:end, None]
+        cost_NE = (unit_FD[start:end] @ unit_FD[:end].T).relu_().square_() * precedence(sigma_F[:end], own_N1)
+        cost_N, partner_N = cost_NE.masked_fill_(sigma_F[None, :end] <= own_N1, 0.0).max(1)
+        found.append(torch.stack([order_F[start:end], order_F[partner_N]], 1)[cost_N > 0])
     return torch.cat(found)
 
 
@@ -158,11 +162,14 @@ def cost_rows(latents: int, rounds: int, width: int = 768) -> tuple[list[dict[st
 def main() -> None:
     """Measure and publish."""
     given = arguments(__doc__, seeds=3, latents=4096, features=4096, k=12, steps=600, wide=32_768, rounds=3)
+    if given.wide % 4:
+        raise UserError(f"--wide is {given.wide}; expected a multiple of 4, the size of a group")
     truth = build(Truth(features=given.features), generator_for(0, "truth"))
     rows, gains = gain_rows(truth, given)
+    publish("omega", rows, gains, given.json, so_far=True)
     more, costs = cost_rows(given.wide, given.rounds)
     publish("omega", [*rows, *more], gains | costs, given.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 
-from benchmarks.common import arguments, publish
+from benchmarks.common import arguments, command, publish
 from fipo import job, runs
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -148,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

@@ -4,17 +4,19 @@
 
 Both keep the same items, by the same keys (checked before anything is timed). The stream is steady: weights of all
 batches are alike, and the reservoir is full before the clock starts, which favours heapq, whose pushes then are rare.
+heapq is given keys as a list made of a tensor, or draws them in Python; the faster of the two is the rival.
 """
 
 import heapq
 import math
 import random
+import sys
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import arguments, interleaved, publish
+from benchmarks.common import arguments, command, interleaved, publish
 from fipo.reservoir import BucketQueues, PriorityReservoir
 
 
@@ -54,13 +56,14 @@ def reservoir_row(slots: int, batch: int, width: int, held_share: float) -> dict
     generator = torch.Generator().manual_seed(0)
     seen = int(slots / held_share)
     items_BD = torch.randn(batch, width, generator=generator)
-    ours, theirs = PriorityReservoir(slots, (width,)), HeapReservoir(slots)
+    ours, theirs, plain = PriorityReservoir(slots, (width,)), HeapReservoir(slots), HeapReservoir(slots)
     for start in range(0, seen, batch):
         keys_B = ours.draw_keys(torch.ones(batch), generator)
         ours.merge(keys_B, items_BD)
         theirs.merge(keys_B.tolist(), items_BD, start)
+        plain.merge(keys_B.tolist(), items_BD, start)
     assert sorted(ours.keys_R.tolist()) == sorted(key for key, _ in theirs.heap)
-    counter, chance = [seen], random.Random(0)
+    counter, counter_plain, chance = [seen], [seen], random.Random(0)
 
     def heap_offer() -> None:
         keys_B = ours.draw_keys(torch.ones(batch), generator)
@@ -68,8 +71,8 @@ def reservoir_row(slots: int, batch: int, width: int, held_share: float) -> dict
         counter[0] += batch
 
     def plain_offer() -> None:
-        theirs.merge([math.log(chance.random()) for _ in range(batch)], items_BD, counter[0])
-        counter[0] += batch
+        plain.merge([math.log(chance.random()) for _ in range(batch)], items_BD, counter_plain[0])
+        counter_plain[0] += batch
 
     def offer() -> None:
         ours.offer(items_BD, torch.ones(batch), generator)
@@ -103,7 +106,7 @@ def _row(what: str, items: int, seconds: dict[str, float]) -> dict[str, object]:
     return {
         "what": what,
         **{f"{name} items/s": items / value for name, value in seconds.items()},
-        "times faster": seconds["heapq"] / seconds["topk"],
+        "times faster": min(value for name, value in seconds.items() if name != "topk") / seconds["topk"],
     }
 
 
@@ -123,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

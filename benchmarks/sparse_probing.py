@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import as_found
+from benchmarks.common import as_found, command, program, ready
 from benchmarks.parity import ours
 from fipo.activations import ReLU
 from fipo.config import Probing
@@ -30,6 +30,7 @@ from fipo.data.harvest import Chunk, harvest
 from fipo.data.labelled import load_labelled
 from fipo.data.lm import LanguageModel
 from fipo.data.store import SHARD_TOKENS, ActivationStore, open_or_harvest
+from fipo.errors import UserError
 from fipo.export import save_sae
 from fipo.files import read_json, write_json
 from fipo.provenance import git_revision, hardware
@@ -186,6 +187,11 @@ def main() -> None:
     if asked.side:
         write_json(asked.json, side_ours(asked.side))
         return
+    for name in ("latents", "train", "test", "threads"):
+        if getattr(asked, name) < (1 if name == "threads" else 2):
+            raise UserError(f"--{name} is {getattr(asked, name)}; expected more")
+    ready(asked.json)
+    program(asked.python, "--python", "`make parity` builds the environment of sae-bench")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["FIPO_CACHE"] = str(folder / "cache")
@@ -219,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

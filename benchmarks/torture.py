@@ -44,9 +44,10 @@ import yaml  # noqa: E402
 from transformers import AutoModel, AutoTokenizer, BertModel, GPTNeoXModel  # noqa: E402, F401
 
 import experiment  # noqa: E402
-from benchmarks.common import publish  # noqa: E402
+from benchmarks.common import command, publish, ready  # noqa: E402
 from benchmarks.journal import WATCHED  # noqa: E402
 from fipo import checkpoint, job, loop  # noqa: E402
+from fipo.errors import UserError  # noqa: E402
 
 PHASES = ("set-up", "harvest", "training", "checkpointing", "probing", "reporting")
 TIMES = {
@@ -391,6 +392,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("run_3", "run_6"), help="one kind of run in place of two")
     arguments = parser.parse_args()
+    if min(arguments.kills, arguments.faults) < 0 or arguments.kills + arguments.faults < 1:
+        raise UserError(f"--kills and --faults are {arguments.kills} and {arguments.faults}; expected some of either")
+    ready(arguments.json)
     chance = random.Random(arguments.seed)
     root = Path(tempfile.mkdtemp(prefix="fipo_torture_"))
     numbers = itertools.count()
@@ -429,4 +433,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

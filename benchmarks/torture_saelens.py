@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from benchmarks import torture  # first: it sets the environment
-from benchmarks.common import arguments, publish
+from benchmarks.common import arguments, command, program, publish
 from benchmarks.journal import ASKED, Attempt, Journal, account, distance, read_journal
 from fipo import checkpoint, loop
 from fipo.checkpoint import load_tensors
@@ -417,6 +417,8 @@ def far(one: Outcome, other: Outcome) -> float:
 def main() -> int:
     """Kill, compare, publish."""
     given = arguments(__doc__, saelens="", runs=10, seed=0)
+    if given.saelens:
+        program(given.saelens, "--saelens", "`make torture-saelens` builds an environment with it")
     root = Path(tempfile.mkdtemp(prefix="fipo_torture_"))
     trainers: list[Trainer] = [Fipo(root, prepare(root))]
     if given.saelens:
@@ -456,4 +458,4 @@ def ratios(losses: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(main))

@@ -17,7 +17,6 @@ our step over that product.
 """
 
 import json
-import shutil
 import statistics
 import subprocess
 import sys
@@ -29,11 +28,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import arguments, as_found, interleaved, publish
+from benchmarks.common import arguments, as_found, command, interleaved, program, publish
 from benchmarks.our_step import Shape, fresh_state, gaussian, occasional
 from benchmarks.trainer_process import DEVICE, SETTINGS
 from fipo import objective
 from fipo.config import LSH, Penalty
+from fipo.errors import UserError
 from fipo.train import train_step
 
 SHAPES: dict[str, Shape] = {
@@ -263,8 +263,10 @@ def gemm_row(shape: Shape, rounds: int) -> Row:
 def main() -> None:
     """Measure and publish."""
     given = arguments(__doc__, rivals="", rounds=5, shapes=USUAL, penalty=1, growth=1)
-    if given.rivals and shutil.which(given.rivals) is None:
-        sys.exit(f"error: --rivals {given.rivals} is no program; give the Python that `make bench-env` builds")
+    if given.rivals:
+        program(given.rivals, "--rivals", "give the Python that `make bench-env` builds")
+    if unknown := [name for name in filter(None, given.shapes.split(",")) if name not in SHAPES]:
+        raise UserError(f"--shapes {unknown[0]} is unknown; expected some of {', '.join(SHAPES)}, by commas")
     rows, tried, ratios = [], [], {}
     for name in filter(None, given.shapes.split(",")):
         shape = SHAPES[name]
@@ -291,4 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command(main))

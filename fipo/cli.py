@@ -30,6 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_CODE
+    except ModuleNotFoundError as error:
+        if (error.name or "fipo").partition(".")[0] == "fipo":  # a defect of ours
+            raise
+        sys.stderr.write(f"error: {error.name} is not installed; `fipo {given.command}` needs fipo-sae[run]\n")
+        return EXIT_CODE
     except KeyboardInterrupt:
         sys.stderr.write("stopped; what is pooled is kept: give the same command to go on\n")
         return 130

@@ -24,8 +24,11 @@ from fipo.sparse import row_products
 
 def bucket_numbers(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
     """Bucket of every row in every table, [F, T] int64 in 0 .. 2^S - 1."""
-    powers_S = 2 ** torch.arange(planes_DTS.shape[2], device=rows_FD.device)
-    return ((project(rows_FD, planes_DTS, autocast) > 0) * powers_S).sum(-1)
+    projected_FTS = project(rows_FD, planes_DTS, autocast)
+    numbers_FT = torch.zeros(projected_FTS.shape[:2], dtype=torch.int64, device=rows_FD.device)
+    for bit in range(projected_FTS.shape[2]):  # at once they would take several times the memory of the projection
+        numbers_FT += (projected_FTS[..., bit] > 0) * 2**bit
+    return numbers_FT
 
 
 def project(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:

@@ -38,3 +38,18 @@ def test_a_short_run_is_published(tmp_path, monkeypatch, capsys):
     assert (
         shares[0] < shares[1] and shares[0] < shares[2] and "all pairs, searched every step" in capsys.readouterr().out
     )
+
+
+def test_the_exact_search_meets_every_pair_once():
+    """A search among less important rows as well would make the exact way dearer than it is."""
+    sizes = []
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func._overloadpacket.__name__ == "mm":
+                sizes.append(args[0].shape[0] * args[1].shape[1])
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        omega.dearest_pairs(torch.nn.functional.normalize(torch.randn(64, 8), dim=1), torch.rand(64), rows=8)
+    assert sum(sizes) <= 0.6 * 64 * 64
