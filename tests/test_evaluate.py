@@ -10,7 +10,7 @@ from fipo.data.labelled import load_labelled
 from fipo.data.lm import LanguageModel
 from fipo.data.prepare import probe_chunks
 from fipo.errors import UserError
-from fipo.evaluate import Draws, Subject, probe
+from fipo.evaluate import Draws, Subject, _score_layer, probe
 from fipo.pooling import FeatureMap, pool
 from fipo.randomness import generator_for
 from fipo.replay import replay
@@ -187,3 +187,23 @@ def test_an_sae_that_does_not_fit(lm, data):
         probe(lm, data, {"a": subject(width=8)}, PROBING, 5)
     with pytest.raises(UserError, match="k = 50 is more than the 32 latents of SAE a"):
         probe(lm, data, {"a": subject()}, with_(ks=(1, 50)), 5)
+
+
+def test_principal_components_are_those_of_the_training_texts_alone(data):
+    """What the test texts are like moves neither mean nor directions."""
+    draws = Draws(data[0], PROBING, 0)
+    pooled_ND = torch.randn(len(data[0].texts), 16, generator=seeded(1))
+    other_ND = pooled_ND.clone()
+    other_ND[draws.train_texts :] = 100 * torch.randn(len(other_ND) - draws.train_texts, 16, generator=seeded(2))
+    seen = []
+
+    class Seen:
+        train_texts = draws.train_texts
+
+        def score(self, name, features_NF, *, full):
+            if name == "pca":
+                seen.append(features_NF[: draws.train_texts])
+
+    for features_ND in (pooled_ND, other_ND):
+        _score_layer({("llm", 0): features_ND}, Seen(), 0)
+    assert seen[0].equal(seen[1])

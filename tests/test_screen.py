@@ -6,7 +6,7 @@ from toys import seeded
 
 from fipo.activations import BatchTopK, JumpReLU, ReLU, TopK
 from fipo.sae import SAE
-from fipo.screen import Pairs, Screen, screened
+from fipo.screen import Pairs, Screen, _minus_latents, screened
 
 WIDTH, LATENTS, TOKENS = 96, 512, 200
 
@@ -86,6 +86,15 @@ def test_nothing_is_missed_where_the_rounding_is_at_its_worst(rounded):
     sae.enc_bias_F.copy_(1e-5 * size_F - pre_F)
     latent_N, token_N = Screen(sae)._left(x_BD)
     assert set(range(64)) <= set(token_N[latent_N == token_N].tolist())
+
+
+@torch.no_grad()
+def test_numbers_exact_in_bfloat16_still_have_the_margin_of_sums_in_float32():
+    """A sum of D products in float32 is off by up to D 2^-24 of ‖x‖ ‖w‖, in whichever order it is taken."""
+    sae = SAE(WIDTH, 64, ReLU(), generator=seeded(6))
+    sae.enc_FD.copy_(sae.enc_FD.bfloat16())
+    margin_F = -_minus_latents(sae)[:, WIDTH + 1].float()
+    assert (margin_F >= WIDTH * 2**-24 * sae.enc_FD.norm(dim=1)).all()
 
 
 @torch.no_grad()

@@ -562,6 +562,24 @@ def test_revival_points_dead_latents_at_the_reservoir_and_resets_their_clock():
     assert (state.sae.encode(held_RD)[range(3), dead] > 0).all()
 
 
+def test_a_latent_is_dead_from_the_last_of_its_silent_tokens_on(monkeypatch):
+    """One that has been silent for `dead_tokens` tokens, not one token less: it gets the auxiliary loss, by half as
+    many latents as the model is wide (Gao et al. 2024), and is revived."""
+    state, given = toys.fresh(toys.run_config("run_6", steps=100)), []
+    most = state.config.workload.dead_tokens
+    monkeypatch.setattr(train.objective, "auxiliary", lambda *of: given.append(of) or of[0].sum() * 0)
+    state.sae.enc_bias_F.data[[2, 7]] = -100.0
+    state.importance.silent_tokens_F[[2, 7]] = torch.tensor([most, most - 1])
+    train_step(state, toys.activations(1)[0])
+    [(residual_BD, pre_BN, dec_ND, k)] = given
+    assert dec_ND.equal(toys.fresh(state.config).sae.dec_FD[[2]]) and pre_BN.shape == (toys.BATCH, 1)
+    assert k == toys.WIDTH // 2
+    state.importance.silent_tokens_F[[2, 7]] = torch.tensor([most, most - 1])
+    state.step = state.config.reservoir.revive_every - 1
+    train.revive_dead(state)
+    assert state.importance.silent_tokens_F[[2, 7]].tolist() == [0, most - 1]
+
+
 def test_the_clock_of_a_latent_that_could_not_be_revived_runs_on():
     """More dead latents than tokens in the reservoir: the rest stay dead and wait."""
     config = toys.run_config("run_3", steps=100)
