@@ -20,7 +20,7 @@ from fipo.sparse import Codes
 
 def several_ranks() -> bool:
     """Does this process train together with others?"""
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class ImportanceEMA:

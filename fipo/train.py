@@ -70,7 +70,11 @@ class Numbers(NamedTuple):
 
 
 def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
-    """One step on model activations [B, D]: the only mutator of `state`. `UserError` where it is not finite."""
+    """One step on model activations [B, D]: the only mutator of `state`. `UserError` where it is not finite, and in one
+    of several ranks, which would share their importance and nothing else: gradients and BatchTopK's budget are local.
+    """
+    if several_ranks():
+        raise UserError("a training step in one of several ranks is given; expected one process: start it without them")
     state.importance.discard()  # what was encoded since the last step is no part of this one
     refresh_pairs(state)
     plan, numbers = plan_of(state, len(acts_BD)), numbers_of(state)
@@ -112,7 +116,7 @@ def numbers_of(state: TrainState) -> Numbers:
 def dead_possible(state: TrainState, batch: int) -> bool:
     """May a latent be dead in this step? A GPU, which would be waited for, is only asked when one can be."""
     silent_F, most = state.importance.silent_tokens_F, state.config.workload.dead_tokens
-    if silent_F.device.type == "cpu" or several_ranks():
+    if silent_F.device.type == "cpu":
         return True
     if state.step >= state.alive_until:
         state.alive_until = state.step + math.ceil((most - silent_F.max().item()) / batch)
@@ -130,7 +134,7 @@ def recordable(state: TrainState, plan: Plan) -> bool:
         and len(state.pairs_P2) <= settings.partners * state.sae.latents
     )
     sparse = state.sae.activation.sparse and config.optimiser.autocast
-    return sparse and few_pairs and not several_ranks() and not plan.frozen and not plan.dead
+    return sparse and few_pairs and not plan.frozen and not plan.dead
 
 
 def padded(state: TrainState) -> Tensor:

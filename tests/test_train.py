@@ -562,6 +562,15 @@ def test_revival_points_dead_latents_at_the_reservoir_and_resets_their_clock():
     assert (state.sae.encode(held_RD)[range(3), dead] > 0).all()
 
 
+def test_a_step_in_one_of_several_ranks_is_refused(monkeypatch):
+    state = toys.fresh(toys.run_config("run_6"))
+    before = snapshot(state)
+    monkeypatch.setattr(train, "several_ranks", lambda: True)
+    with pytest.raises(UserError, match="expected one process"):
+        train_step(state, toys.activations(1)[0])
+    assert not differing(before, snapshot(state))
+
+
 def test_a_latent_is_dead_from_the_last_of_its_silent_tokens_on(monkeypatch):
     """One that has been silent for `dead_tokens` tokens, not one token less: it gets the auxiliary loss, by half as
     many latents as the model is wide (Gao et al. 2024), and is revived."""
