@@ -12,20 +12,18 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
-from fipo.names import SPARSITY, additions, flat, suite_names
+from fipo.finished import Result, read_all
+from fipo.names import suite_names
 from fipo.pareto import Point
 from fipo.randomness import generator_for
-from fipo.report import OUTCOMES
-from fipo.results import FINAL, OUTCOMES_SUFFIX, RESULT_SUFFIX, read_probe_result, read_result, read_runtime
 from fipo.saebench import overall_metrics
 from fipo.uncertainty import Answers, Interval, bootstrap, joined
-from fipo.yamlfile import read_yaml
 
 COLUMNS = {
     "FVU": ("held_out_fvu", "{:.3f}"),
@@ -44,27 +42,9 @@ COMPARED_KS = (1, 5)
 TIMED = ("harvest", "training")
 
 
-class Result(NamedTuple):
-    """One SAE of one run, as its result file tells."""
-
-    run: str
-    setting: str
-    """What sets its sparsity: `k 32`, or `λ 0.01`; empty where the file does not say."""
-    seed: int
-    layer: int
-    record: dict[str, Any]
-    outcomes: Path
-    origin: str
-    config: dict[str, str]
-    """The flat config of the run (fipo.names), empty where the folder holds none."""
-    runtime: dict[str, Any]
-    """What its `runtime.json` says of the run, whose `layers` stand beside it; empty where there is none."""
-
-
 def report(folders: Sequence[Path]) -> str:
     """The table of all runs in `folders`, the differences between them, and where the numbers come from."""
-    results = _by_sparsity(_by_config([result for folder in folders for result in read_results(folder)]))
-    _refuse_twins(results)
+    results = by_sparsity(read_all(folders))
     seeds: dict[str, set[int]] = {}
     for result in results:
         seeds.setdefault(result.run, set()).add(result.seed)
@@ -74,64 +54,13 @@ def report(folders: Sequence[Path]) -> str:
     return "\n".join([table(results), *differences(results), *times(results), notes, origins]) + "\n"
 
 
-def read_results(folder: Path) -> list[Result]:
-    """The results in a run folder or in a folder of `fipo probe`."""
-    if (folder / FINAL).is_file():
-        info, file = read_result(folder), folder / "config.yaml"
-        config = flat(read_yaml(file)) if file.is_file() else {}
-        runtime = {**found, "layers": list(info["layers"])} if (found := read_runtime(folder)) else {}
-        return [
-            Result(
-                info["run"],
-                _setting(record),
-                info["seed"],
-                int(layer),
-                {"workload": info["workload"], **record},
-                folder / f"layer_{layer}" / OUTCOMES,
-                _origin(info),
-                config,
-                runtime,
-            )
-            for layer, record in info["layers"].items()
-        ]
-    found = []
-    for file in sorted(folder.glob(f"*{RESULT_SUFFIX}")):
-        record, beside = read_probe_result(file), file.name.removesuffix(RESULT_SUFFIX) + OUTCOMES_SUFFIX
-        sae = record["sae"]
-        run, seed = sae.get("run") or sae["name"], sae.get("seed") or 0
-        record = {**record, "workload": "-"}
-        found.append(Result(run, "", seed, sae["layer"], record, folder / beside, _origin(record), {}, {}))
-    if not found:
-        raise UserError(f"{folder} holds no {FINAL} and no *{RESULT_SUFFIX}: finish the run, or leave it out")
-    return found
-
-
-def _refuse_twins(results: Sequence[Result]) -> None:
-    """What is given twice is no second seed."""
-    given: dict[tuple[Any, ...], Path] = {}
-    for result in results:
-        which = (result.run, result.setting, *_suite(result), result.seed, result.layer)
-        if which in given:
-            raise UserError(
-                f"{result.run}, seed {result.seed}, layer {result.layer}, is given twice: beside {given[which]} and "
-                f"{result.outcomes}; leave one out"
-            )
-        given[which] = result.outcomes
-
-
-def _suite(result: Result) -> tuple[str, tuple[str, ...]]:
-    """On what it was scored: workload and datasets."""
-    return result.record["workload"], tuple(result.record["eval_config"]["dataset_names"])
-
-
 def pareto_points(folders: Sequence[Path]) -> list[Point]:
     """Explained variance against top-1 of every run; what lacks one of them, as a `fipo probe` result, is left out."""
-    results = _by_config([result for folder in folders for result in read_results(folder)])
-    _refuse_twins(results)
-    told = suite_names(map(_suite, results))
+    results = read_all(folders)
+    told = suite_names(result.suite for result in results)
     return [
         Point(
-            f"top-1 of sparse probing, {told[_suite(result)]}, layer {result.layer}",
+            f"top-1 of sparse probing, {told[result.suite]}, layer {result.layer}",
             result.run,
             result.setting,
             1 - result.record["held_out_fvu"],
@@ -142,22 +71,7 @@ def pareto_points(folders: Sequence[Path]) -> list[Point]:
     ]
 
 
-def _setting(record: dict[str, Any]) -> str:
-    if "k" not in record:
-        return ""
-    return f"λ {record['sparsity_penalty']:g}" if record["k"] is None else f"k {record['k']}"
-
-
-def _by_config(results: Sequence[Result]) -> list[Result]:
-    """Where runs of one name differ in more than sparsity, what differs becomes part of the name."""
-    added = {
-        run: iter(additions([result.config for result in results if result.run == run], without=SPARSITY))
-        for run in {result.run for result in results}
-    }
-    return [r._replace(run=f"{r.run}, {more}" if (more := next(added[r.run])) else r.run) for r in results]
-
-
-def _by_sparsity(results: Sequence[Result]) -> list[Result]:
+def by_sparsity(results: Sequence[Result]) -> list[Result]:
     """Where runs of one name differ in sparsity, its setting becomes part of the name."""
     settings: dict[str, set[str]] = {}
     for result in results:
@@ -169,9 +83,9 @@ def _by_sparsity(results: Sequence[Result]) -> list[Result]:
 def table(results: Sequence[Result]) -> str:
     """One row a workload, run and layer."""
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    told = suite_names(map(_suite, results))
+    told = suite_names(result.suite for result in results)
     for result in results:
-        groups.setdefault((told[_suite(result)], result.run, result.layer), []).append(_flat(result.record))
+        groups.setdefault((told[result.suite], result.run, result.layer), []).append(_flat(result.record))
     shown = {
         title: column for title, column in COLUMNS.items() if any(column[0] in r for of in groups.values() for r in of)
     }
@@ -267,7 +181,7 @@ def _check_answers(file: Path, tensors: dict[str, Tensor], name: str, key: str) 
 def _by_training(results: Sequence[Result], base: str, other: str, k: int) -> list[float]:
     """Difference of the suites' accuracies for every seed and layer that both runs have on the same datasets."""
     metric = f"sae_top_{k}_test_accuracy"
-    scores = {(r.run, *_suite(r), r.seed, r.layer): overall_metrics(r.record)[metric] for r in results}
+    scores = {(r.run, *r.suite, r.seed, r.layer): overall_metrics(r.record)[metric] for r in results}
     pairs = [(score, scores.get((base, *which))) for (run, *which), score in scores.items() if run == other]
     return [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
 
@@ -294,7 +208,3 @@ def _cell(records: list[dict[str, Any]], key: str, form: str) -> str:
         return "-"
     spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
     return form.format(statistics.fmean(values)) + spread
-
-
-def _origin(info: dict[str, Any]) -> str:
-    return f"git {info['git_revision'][:12]}, torch {info['versions']['torch']}, {info['hardware']['cpu']}"
