@@ -17,7 +17,8 @@ from torch import Tensor
 from fipo.errors import UserError
 from fipo.files import read_json, remove, replacing, replacing_folder, sha256_file, write_json
 
-FORMAT = 1
+FORMAT = 2
+"""Of what is held, and of how a run goes on from it."""
 KEPT = 2
 STATE, MANIFEST = "state.safetensors", "checkpoint.json"
 _NAME = re.compile(r"step_(\d{1,18})")

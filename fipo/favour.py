@@ -1,11 +1,12 @@
-"""How much a latent's codes count where codes vie for one budget: a power of its importance.
+"""How much a latent's codes count where codes vie for one budget: by its importance.
 
-    favour_F = (σ_F / mean σ)^p,      the codes kept are the k·B largest a_F · favour_F
+    favour_F = (σ_F / σ̄)^p · (1 + σ_F / σ̄)^q        σ̄ = mean σ;  the codes kept are the k·B largest a_F · favour_F
 
-The value of a code tells less than all about whether its feature is there. Where the budget is spare, the last codes
-kept are false positives, and of an important (frequent, strong) latent fewer are: p > 0, as the prior odds of a feature
-shift the threshold of a detector. Where it is short, latents of little importance would hardly ever be chosen, and not
-learn: p < 0, as in a competition with a conscience (DeSieno 1988). Values of codes are as they were. Shapes: F latents.
+The value of a code tells less than all about whether its feature is there. Where the budget is short, latents of little
+importance would hardly ever be chosen, and not learn: p < 0, as in a competition with a conscience (DeSieno 1988).
+Where it is spare, the last codes kept are false positives, and of an important (frequent, strong) latent fewer are, as
+the prior odds of a feature shift the threshold of a detector: q > 0, which sets the few important latents apart from
+all others and hardly those from one another. Values of codes are as they were. Shapes: F latents.
 """
 
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ LEAST = 1e-3
 
 
 def favours(powers: Sequence[float], sigma_F: Tensor, way: float | Tensor, spare: float | Tensor) -> Tensor:
-    """[F]; the power goes from the first one to where the budget is as `way` goes from 0 to 1: to the second at `spare`
-    0, where it is short, to the third at 1."""
+    """[F]; as `way` goes from 0 to 1, p goes from the first of the powers to the second, where the budget is short
+    (`spare` 0), or to 0, and q from 0 to the third, where it is not (`spare` 1)."""
     first, short, ample = powers
-    power = first + way * (short + spare * (ample - short) - first)
     mean = sigma_F.mean().clamp_min(torch.finfo(sigma_F.dtype).tiny)
-    return (sigma_F / mean).clamp_min(LEAST).pow(power)
+    relative_F = (sigma_F / mean).clamp_min(LEAST)
+    rare, important = first + way * ((1 - spare) * short - first), way * spare * ample
+    return relative_F.pow(rare) * (1 + relative_F).pow(important)

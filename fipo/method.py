@@ -134,9 +134,9 @@ class Levels:
     what is left wastes its share of the budget, and small levels take codes that it lacks."""
     short_power: float = 0.75
     """Power of the shares at first, and where the budget is short: it makes levels larger."""
-    favour: tuple[float, ...] = (-0.2, -0.1, 0.1)
-    """Powers of σ, over its mean, by which codes count where they vie for one budget (batchtopk): at first, and after
-    `rise` where it is short and where it is not. All 0: all count the same."""
+    favour: tuple[float, ...] = (-0.2, -0.1, 0.25)
+    """Powers by which codes count where they vie for one budget (batchtopk): of σ over its mean at first, and after
+    `rise` where the budget is short; of 1 + σ over its mean where it is not. All 0: all count the same."""
     plain: float = 0.0
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
     decoder_only: float = 0.0

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from fipo.checkpoint import check_tensors, load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from fipo.checkpoint import FORMAT, check_tensors, load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from fipo.errors import UserError
 from fipo.files import read_json, write_json
 
@@ -169,10 +169,9 @@ def test_one_of_another_config_or_format_stops(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(UserError, match="step_1 belongs to another config, text or model; put config.yaml back"):
         newest(tmp_path, key="other")
-    write_json(
-        tmp_path / "step_1" / "checkpoint.json", read_json(tmp_path / "step_1" / "checkpoint.json") | {"format": 2}
-    )
-    with pytest.raises(UserError, match="step_1 has format 2, this version of FIPO reads 1; finish the run with"):
+    manifest = tmp_path / "step_1" / "checkpoint.json"
+    write_json(manifest, read_json(manifest) | {"format": 1})
+    with pytest.raises(UserError, match=f"step_1 has format 1, this version of FIPO reads {FORMAT}; finish the run"):
         newest(tmp_path)
 
 

@@ -37,10 +37,11 @@ def contest(scores_BF: torch.Tensor, count: int) -> torch.Tensor:
 POWERS = (-0.5, -0.1, 0.25)
 
 
-def test_a_favour_is_a_power_of_importance_that_goes_with_the_way_to_where_the_budget_is():
+def test_a_favour_is_powers_of_importance_that_go_with_the_way_to_where_the_budget_is():
     sigma_F = torch.tensor([4.0, 1.0, 0.5, 0.5])  # mean 1.5
-    for way, spare, power in ((0.0, 0.7, -0.5), (1.0, 0.0, -0.1), (1.0, 1.0, 0.25), (torch.tensor(0.5), 0.2, -0.265)):
-        expected = [(sigma / 1.5) ** power for sigma in sigma_F.tolist()]
+    cases = (0.0, 0.7, -0.5, 0), (1.0, 0.0, -0.1, 0), (1.0, 1.0, 0, 0.25), (torch.tensor(0.5), 0.2, -0.29, 0.025)
+    for way, spare, rare, important in cases:
+        expected = [(sigma / 1.5) ** rare * (1 + sigma / 1.5) ** important for sigma in sigma_F.tolist()]
         assert favours(POWERS, sigma_F, way, spare).tolist() == pytest.approx(expected, rel=1e-5)
 
 
