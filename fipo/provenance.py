@@ -13,8 +13,8 @@ LIBRARIES = ("torch", "numpy", "numba", "safetensors", "transformers", "datasets
 
 
 def git_revision() -> str:
-    """Commit of the source tree, with `-dirty` when it has uncommitted changes; "Unknown" outside a checkout, and where
-    the package is installed below somebody else's."""
+    """Commit of the source tree, with `-dirty` when package or benchmarks have uncommitted changes; "Unknown" outside a
+    checkout, and where the package is installed below somebody else's."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -24,7 +24,9 @@ def git_revision() -> str:
 
     try:
         git("ls-files", "--error-unmatch", "--", Path(__file__).name)
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".") else "")
+        return git("rev-parse", "HEAD") + (
+            "-dirty" if git("status", "--porcelain", "--", ".", ":/benchmarks/*.py") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return "Unknown"
 
