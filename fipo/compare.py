@@ -36,6 +36,7 @@ COLUMNS = {
     "random top-1": ("random_top_1_test_accuracy", "{:.3f}"),
     "SAE top-5": ("sae_top_5_test_accuracy", "{:.3f}"),
     "LLM top-5": ("llm_top_5_test_accuracy", "{:.3f}"),
+    "PCA top-5": ("pca_top_5_test_accuracy", "{:.3f}"),
     "random top-5": ("random_top_5_test_accuracy", "{:.3f}"),
 }
 COMPARED_KS = (1, 5)

@@ -109,7 +109,7 @@ def draw(log: Path, path: Path, title: str) -> None:
         extent=(last[0]["tokens"] / 1e6, last[-1]["tokens"] / 1e6, 0, 1),
     )
     axis.set(title=f"max cosine of a latent, layer {layers[-1]}", xlabel="million tokens", ylabel="cosine")
-    figure.colorbar(image, ax=axis, label="latents")
+    figure.colorbar(image, ax=axis, label="latents, of at most 1,024")
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
