@@ -17,7 +17,7 @@ KEPT = 4
 
 
 class StepGraphs:
-    """The recordings of one state's steps. A plan's first step is none, since kernels are compiled in it."""
+    """The recordings of one state's steps. A plan's first step on these shapes is none: kernels are compiled in it."""
 
     def __init__(self) -> None:
         self._met: set[Hashable] = set()
@@ -36,13 +36,14 @@ class StepGraphs:
         generator: torch.Generator,
     ) -> Any:
         """What `step(*tensors, *numbers)` gives, the numbers being 0-d tensors; the next run writes over it."""
+        if [(new.shape, new.dtype) for new in tensors] != [(held.shape, held.dtype) for held in self._tensors]:
+            self._recorded.clear()
+            self._met.clear()
+            self._tensors = [torch.empty_like(new) for new in tensors]
+            self._numbers = [torch.empty((), device=tensors[0].device) for _ in numbers]
         if plan not in self._met:
             self._met.add(plan)
             return step(*tensors, *(torch.full((), number, device=tensors[0].device) for number in numbers))
-        if [(new.shape, new.dtype) for new in tensors] != [(held.shape, held.dtype) for held in self._tensors]:
-            self._recorded.clear()
-            self._tensors = [torch.empty_like(new) for new in tensors]
-            self._numbers = [torch.empty((), device=tensors[0].device) for _ in numbers]
         for held, new in zip(self._tensors, tensors, strict=True):
             held.copy_(new)
         for held, number in zip(self._numbers, numbers, strict=True):
