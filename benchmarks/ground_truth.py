@@ -177,13 +177,14 @@ def judged(rows: list[Row], python: str, saved: Path, truth: Path, tokens: int) 
 
 
 def table(rows: list[Row]) -> str:
-    """Mean ± standard deviation over the seeds, one line for each method and k."""
+    """Mean ± standard deviation over the seeds, one line for each method and k, by method."""
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["k"]), []).append(row)
     lines = [f"| method | k | seeds | {' | '.join(name.replace('_', ' ') for name in SHOWN)} |"]
     lines.append("|---" * (3 + len(SHOWN)) + "|")
-    for (name, k), group in groups.items():
+    methods = list(dict.fromkeys(name for name, _ in groups))
+    for (name, k), group in sorted(groups.items(), key=lambda one: (methods.index(one[0][0]), one[0][1])):
         cells = []
         for key in SHOWN:
             values = [row[key] for row in group if row[key] is not None]
