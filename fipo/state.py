@@ -38,8 +38,8 @@ class TrainState:
     graphs: StepGraphs | None = None
     """Recordings of the step on a GPU; they hold nothing that the other fields do not."""
     step: int = 0
-    alive_until: int = 0
-    """Step before which no latent can be dead, as far as a GPU was asked."""
+    dead_places: int = 0
+    """Places for latents that may be dead, as a GPU last said (`fipo.train.dead_places`)."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as flat tensors; `UserError` where a step was not finite."""
@@ -51,14 +51,13 @@ class TrainState:
         tensors |= {f"importance.{name}": value for name, value in self.importance.state_dict().items()}
         if self.reservoir is not None:
             tensors |= {f"reservoir.{name}": value for name, value in self.reservoir.state_dict().items()}
-        counters = {"pairs_P2": self.pairs_P2, "step": torch.tensor(self.step)}
-        return tensors | counters | {"generator": self.generator.get_state()}
+        counters = {"step": torch.tensor(self.step), "dead_places": torch.tensor(self.dead_places)}
+        return tensors | counters | {"pairs_P2": self.pairs_P2, "generator": self.generator.get_state()}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave, in place; anything else is refused."""
         check_tensors(tensors, self._expected(tensors), "checkpoint")
         self.graphs = StepGraphs() if self.graphs else None  # they were made for tensors that are now replaced
-        self.alive_until = 0
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -72,7 +71,7 @@ class TrainState:
         if self.reservoir is not None:
             self.reservoir.load_state_dict(part("reservoir."))
         self.pairs_P2 = tensors["pairs_P2"].to(self.pairs_P2.device, copy=True)
-        self.step = int(tensors["step"])
+        self.step, self.dead_places = int(tensors["step"]), int(tensors["dead_places"])
         self.generator.set_state(tensors["generator"].cpu())
 
     def _expected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@
 B tokens, D model width, F latents, P candidate pairs.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,8 +55,8 @@ class Plan(NamedTuple):
     """Is it of the last phase, in which the decoder alone learns?"""
     penalised: bool
     """Has it a penalty on the decoder?"""
-    dead: bool
-    """May a latent be dead?"""
+    dead: int
+    """Places for the latents that may be dead."""
 
 
 class Numbers(NamedTuple):
@@ -102,7 +101,7 @@ def plan_of(state: TrainState, batch: int) -> Plan:
         k=active_latents(config, step),
         frozen=decoder_only(config, step),
         penalised=config.penalty is not None and (step + 1) % config.penalty.every == 0,
-        dead=config.aux_weight > 0 and dead_possible(state, batch),
+        dead=dead_places(state, batch) if config.aux_weight > 0 else 0,
     )
 
 
@@ -113,14 +112,16 @@ def numbers_of(state: TrainState) -> Numbers:
     return Numbers(*(schedule(config, step) for schedule in schedules))
 
 
-def dead_possible(state: TrainState, batch: int) -> bool:
-    """May a latent be dead in this step? A GPU, which would be waited for, is only asked when one can be."""
+def dead_places(state: TrainState, batch: int) -> int:
+    """As many as latents are dead. A GPU is asked when it is waited for anyhow, and then for a power of two that holds
+    all that can be dead before it is asked again: more places than latents change nothing, and few steps differ."""
     silent_F, most = state.importance.silent_tokens_F, state.config.workload.dead_tokens
     if silent_F.device.type == "cpu":
-        return True
-    if state.step >= state.alive_until:
-        state.alive_until = state.step + math.ceil((most - silent_F.max().item()) / batch)
-    return state.step >= state.alive_until
+        return int((silent_F >= most).sum())
+    if state.step % UNCHECKED == 0:
+        soon = int((silent_F >= most - UNCHECKED * batch).sum())
+        state.dead_places = min(len(silent_F), 2 ** (soon - 1).bit_length()) if soon else 0
+    return state.dead_places
 
 
 def recordable(state: TrainState, plan: Plan) -> bool:
@@ -134,7 +135,7 @@ def recordable(state: TrainState, plan: Plan) -> bool:
         and len(state.pairs_P2) <= settings.partners * state.sae.latents
     )
     sparse = state.sae.activation.sparse and config.optimiser.autocast
-    return sparse and few_pairs and not plan.frozen and not plan.dead
+    return sparse and few_pairs and not plan.frozen
 
 
 def padded(state: TrainState) -> Tensor:
@@ -214,15 +215,21 @@ def loss_terms(
         weight = workload.sparsity_penalty * numbers.penalty_share
         sparsity = weight * sae.activation.sparsity(pre_BF, codes, sae.dec_FD)
     if not plan.frozen and plan.dead:
-        dead_N = (state.importance.silent_tokens_F >= workload.dead_tokens).nonzero().squeeze(1)
-        if dead_N.numel():
-            auxiliary = config.aux_weight * objective.auxiliary(
-                residual_BD, sae.pre_codes(x_BD, dead_N), sae.dec_FD[dead_N], max(1, sae.d_in // 2)
-            )
+        auxiliary = config.aux_weight * dead_loss(state, x_BD, residual_BD, plan.dead)
     if config.penalty is not None and plan.penalised:
         weight = config.penalty.every * config.penalty.weight * numbers.penalty_share
         orthogonality = weight * decoder_penalty(state, config.penalty, pairs_P2)
     return Terms(reconstruction, sparsity, auxiliary, orthogonality), residual_BD
+
+
+def dead_loss(state: TrainState, x_BD: Tensor, residual_BD: Tensor, places: int) -> Tensor:
+    """The auxiliary loss of the dead latents, for no more of which than there are places; unweighted."""
+    sae, silent_F = state.sae, state.importance.silent_tokens_F
+    latent_N = silent_F.topk(places).indices.sort().values
+    alive_N = silent_F[latent_N] < state.config.workload.dead_tokens
+    pre_BN = sae.pre_codes(x_BD, latent_N).masked_fill(alive_N, -torch.inf)
+    loss = objective.auxiliary(residual_BD, pre_BN, sae.dec_FD[latent_N], max(1, sae.d_in // 2))
+    return torch.where(alive_N.all(), 0.0, loss)
 
 
 def decoder_penalty(state: TrainState, penalty: Penalty, pairs_P2: Tensor) -> Tensor:

@@ -212,15 +212,15 @@ def test_what_a_recording_is_given_makes_no_difference(name):
     assert all(torch.allclose(one[key].double(), other[key].double(), rtol=1e-6, atol=1e-9) for key in one)
 
 
-PLAIN = {"run_6": {}, "topk": {}, "batchtopk": {"architecture": "batchtopk"}}
+RECORDED = {"run_6": {}, "topk": {}, "batchtopk": {"architecture": "batchtopk"}}
 """Steps that are recorded: with every part, and without levels."""
 
 
 def sparse_config(name: str, **changes: Any) -> RunConfig:
-    return toys.run_config("run_6" if name == "run_6" else "topk", **PLAIN[name], **changes)
+    return toys.run_config("run_6" if name == "run_6" else "topk", **RECORDED[name], **changes)
 
 
-@pytest.mark.parametrize("name", list(PLAIN))
+@pytest.mark.parametrize("name", list(RECORDED))
 def test_what_is_recorded_copies_nothing_from_the_processor(name, by_kernels, monkeypatch):
     """A recording of torch.tensor(number, device="cuda") is an error."""
     by_kernels(True)
@@ -242,13 +242,15 @@ def test_what_is_recorded_copies_nothing_from_the_processor(name, by_kernels, mo
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", list(PLAIN))
-def test_recorded_steps_equal_steps_bit_by_bit(name, monkeypatch):
-    """Two latents are silent; memory that nobody holds is written over between the steps."""
+@pytest.mark.parametrize("dead", [100, 10**6])
+@pytest.mark.parametrize("name", list(RECORDED))
+def test_recorded_steps_equal_steps_bit_by_bit(name, dead, monkeypatch):
+    """Two latents are silent, in the end dead or not; memory that nobody holds is written over between the steps."""
     config = sparse_config(name, steps=40, optimiser=Optimiser())
     config = replace(
         config,
-        workload=replace(config.workload, dead_tokens=10**6),
+        workload=replace(config.workload, dead_tokens=dead),
+        reservoir=config.reservoir if dead == 10**6 else None,
         lsh=replace(config.lsh or LSH(), partners=2, refresh_every=7) if config.lsh else None,
     )
     found, recorded = [], 0
@@ -261,28 +263,58 @@ def test_recorded_steps_equal_steps_bit_by_bit(name, monkeypatch):
             report = train_step(state, acts_BD.cuda())
             assert len([torch.ones(toys.LATENTS, device="cuda") for _ in range(2000)]) == 2000
         assert state.importance.silent_tokens_F.max() > 20 * toys.BATCH
+        assert (report.terms.auxiliary > 0) == (dead == 100)
         recorded += len(state.graphs._recorded)
         found.append(state.state_dict() | {"loss": report.terms.total.clone(), "residual": report.residual_BD.clone()})
     assert recorded > 0
     assert [key for key in found[0] if not torch.equal(found[0][key], found[1][key])] == []
 
 
-@pytest.mark.parametrize(("dead", "asked", "possible"), [(200, [0, 7, 14, 21, 22, 23], 3), (196, [0, 6, 12, 18], 0)])
-def test_a_gpu_is_asked_for_dead_latents_only_when_one_can_be(dead, asked, possible):
-    """It always says 100 tokens of silence, from step 20 on 500; a step has 16."""
-    seen = []
+def test_a_gpu_is_asked_for_dead_latents_when_it_is_waited_for_and_has_places_for_all_that_will_be():
+    """One latent was silent for 100 tokens at first, five for 40, the others never; a step has 16, 300 are dead."""
+    config = toys.run_config("run_6", workload=toys.workload(dead_tokens=300))
+    state, asked = build_state(config, 0, torch.zeros(toys.WIDTH), 1.0), []
+    first_F = torch.zeros(toys.LATENTS, dtype=torch.int64)
+    first_F[3], first_F[5:10] = 100, 40
+    silent_F = None
 
-    def longest():
-        seen.append(state.step)
-        return SimpleNamespace(item=lambda: 100 if state.step < 20 else 500)
+    class OnGpu:
+        device = SimpleNamespace(type="cuda")
 
-    config = toys.run_config("run_6", workload=toys.workload(dead_tokens=dead))
-    state = build_state(config, 0, torch.zeros(toys.WIDTH), 1.0)
-    state.importance.silent_tokens_F = SimpleNamespace(device=SimpleNamespace(type="cuda"), max=longest)
+        def __ge__(self, least):
+            asked.append(state.step)
+            return silent_F >= least
+
+        def __len__(self):
+            return toys.LATENTS
+
+    state.importance.silent_tokens_F = OnGpu()
+    places, dead = [], []
+    for state.step in range(40):
+        silent_F = torch.where(first_F > 0, first_F + toys.BATCH * state.step, 0)
+        places.append(train.dead_places(state, toys.BATCH))
+        dead.append(int((silent_F >= 300).sum()))
+    assert asked == [0, 16, 32] and places == [1] * 16 + [8] * 24
+    assert dead[12:14] == [0, 1] and dead[16:18] == [1, 6] and dead[-1] == 6
+
+
+@pytest.mark.parametrize("places", [2, 5, toys.LATENTS])
+def test_more_places_than_dead_latents_change_nothing(places):
+    state = build_state(
+        toys.run_config("run_6", workload=toys.workload(dead_tokens=300)), 0, torch.zeros(toys.WIDTH), 1.0
+    )
+    x_BD, residual_BD = toys.activations(2)
+    state.importance.silent_tokens_F[[7, 3]] = torch.tensor([300, 900])
     found = []
-    for state.step in range(24):
-        found.append(train.dead_possible(state, toys.BATCH))
-    assert seen == asked and found == [False] * (24 - possible) + [True] * possible
+    for some in (2, places):
+        state.sae.zero_grad()
+        loss = train.dead_loss(state, x_BD, residual_BD, some)
+        loss.backward()
+        found.append((loss, state.sae.enc_FD.grad, state.sae.dec_FD.grad, state.sae.enc_bias_F.grad))
+    assert found[0][0] > 0 and found[0][1].abs().sum(1).nonzero().flatten().tolist() == [3, 7]
+    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-8) for one, other in zip(*found, strict=True))
+    state.importance.silent_tokens_F.zero_()
+    assert train.dead_loss(state, x_BD, residual_BD, places) == 0
 
 
 @pytest.mark.gpu
@@ -332,6 +364,6 @@ def test_recordings_of_another_shape_begin_anew(monkeypatch):
             toys.seeded(),
         )
 
-    assert [run("a", 3), run("a", 3), run("a", 3), run("b", 3), run("b", 4)] == [3, 3, 3, 3, 4]
+    assert [run("a", 3), run("a", 3), run("a", 3), run("b", 3), run("b", 4), run("b", 4)] == [3, 3, 3, 3, 4, 4]
     first = ["step 1", "record a", "step 1", "replay a", "replay a"]
-    assert log == [*first, "step 1", "record b", "step 1", "replay b"] and set(graphs._recorded) == {"b"}
+    assert log == [*first, "step 1", "step 1", "record b", "step 1", "replay b"] and set(graphs._recorded) == {"b"}
