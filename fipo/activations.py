@@ -82,16 +82,16 @@ class TopK(Activation):
 class BatchTopK(Activation):
     """The k·B largest positive pre-activations of a batch in training; those above `threshold_F` in evaluation.
 
-    With `favour_F` they are compared times favour. Ties at the boundary are all kept. `threshold` is the bias-corrected
-    EMA of the smallest code that was kept, `mean` that of the mean one, both times favour; they, and the last favours,
-    are moved only by `observe`.
+    With `favour_F` they are compared times favour. Ties at the boundary are all kept. `threshold` and `mean` are the
+    bias-corrected EMAs of the smallest and the mean code that was kept, both times favour, `threshold_F` that of
+    what the smallest one asks of each latent's codes. All are moved only by `observe`.
     """
 
     sparse = True
     contested = True
     threshold: Tensor
     mean: Tensor
-    favour_F: Tensor
+    threshold_F: Tensor
     _weight: Tensor
 
     def __init__(self, latents: int, k: int, decay: float = 0.99) -> None:
@@ -100,12 +100,7 @@ class BatchTopK(Activation):
         self.decay = decay
         for name in ("threshold", "mean", "_weight"):
             self.register_buffer(name, torch.zeros(()))
-        self.register_buffer("favour_F", torch.ones(latents))
-
-    @property
-    def threshold_F(self) -> Tensor:
-        """θ, shape [F], in units of the codes."""
-        return self.threshold / self.favour_F
+        self.register_buffer("threshold_F", torch.zeros(latents))
 
     def forward(
         self, pre_BF: Tensor, *, as_pairs: bool = False, k: int | None = None, favour_F: Tensor | None = None
@@ -134,18 +129,18 @@ class BatchTopK(Activation):
     @torch.no_grad()
     def observe(self, codes: Codes | Tensor, favour_F: Tensor | None = None) -> None:
         """Let the inference threshold learn from one training batch's codes, and the favours they were chosen with."""
+        values = flat(codes).float()
         if favour_F is not None:
-            self.favour_F.copy_(favour_F)
-        favour = self.favour_F[codes.latent_N] if isinstance(codes, Codes) else self.favour_F.repeat(len(codes))
-        values = flat(codes).float() * favour
+            values = values * (favour_F[codes.latent_N] if isinstance(codes, Codes) else favour_F.repeat(len(codes)))
         kept = values > 0
         least = torch.where(kept, values, math.inf).amin() if len(values) else self.threshold.new_full((), math.inf)
+        least = torch.where(least < math.inf, least, 0)
         mean = values.clamp_min(0).sum() / kept.sum().clamp_min(1)
-        new_2 = torch.stack([torch.where(least < math.inf, least, 0), mean])
-        sums_2 = self.decay * self._weight * torch.stack([self.threshold, self.mean]) + (1 - self.decay) * new_2
-        self._weight.copy_(self.decay * self._weight + (1 - self.decay))
-        self.threshold.copy_(sums_2[0] / self._weight)
-        self.mean.copy_(sums_2[1] / self._weight)
+        least_F = least.expand_as(self.threshold_F) if favour_F is None else least / favour_F
+        before = self.decay * self._weight
+        self._weight.copy_(before + (1 - self.decay))
+        for held, new in ((self.threshold, least), (self.mean, mean), (self.threshold_F, least_F)):
+            held.copy_((before * held + (1 - self.decay) * new) / self._weight)
 
     def shortage(self) -> Tensor:
         """The smallest code kept over the mean one, on average: how much a token lost with the next code."""

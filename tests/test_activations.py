@@ -126,7 +126,7 @@ def test_batchtopk_constant_boundary_is_the_threshold_from_the_first_step():
 
 def test_batchtopk_in_evaluation_is_the_threshold_token_by_token():
     activation = BatchTopK(11, 2).eval()
-    activation.threshold.fill_(0.4)
+    activation.threshold_F.fill_(0.4)
     pre_BF = pre_codes()
     assert torch.equal(activation(pre_BF), pre_BF * (pre_BF > 0.4))
     assert torch.equal(activation(pre_BF)[3:4], activation(pre_BF[3:4]))
@@ -203,7 +203,7 @@ def test_budgeted_activations_cost_nothing(name):
 def test_the_threshold_says_all(name):
     activation, pre_BF = build_activation(name, pre_codes().shape[1], 2).eval(), pre_codes()
     if name == "batchtopk":
-        activation.threshold.fill_(0.3)
+        activation.threshold_F.fill_(0.3)
     with torch.no_grad():
         expected_BF = activation(pre_BF)
         assert torch.equal(torch.where(pre_BF > threshold_of(activation), pre_BF, 0), expected_BF)

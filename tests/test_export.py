@@ -37,7 +37,7 @@ def trained(architecture):
         if architecture == "topk":  # folding other norms would change which k are the largest
             sae.normalise_decoder()
         if architecture == "batchtopk":
-            sae.activation.threshold.fill_(0.8)
+            sae.activation.threshold_F.fill_(0.8)
         if architecture == "jumprelu":
             sae.activation.log_threshold_F.copy_(torch.rand(LATENTS, generator=generator).add(0.2).log())
     return sae.eval()

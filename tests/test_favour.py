@@ -97,6 +97,16 @@ def test_inference_has_a_threshold_for_every_latent(as_pairs):
     assert (kept_BF != contest(pre_BF * favour_F, K * BATCH)).sum() <= 1
 
 
+def test_the_thresholds_of_inference_are_averages_of_those_of_each_batch_whatever_favours_have_become():
+    """Where favours move, what was kept by the last favours alone is no guide."""
+    activation, expected_F, weight = BatchTopK(3, 1, decay=0.5), torch.zeros(3), 0.0
+    for least, favour_F in ((1.0, [1.0, 2.0, 0.5]), (3.0, [2.0, 2.0, 1.0]), (2.0, [4.0, 1.0, 1.0])):
+        favour_F = torch.tensor(favour_F)
+        activation.observe(torch.diag(least / favour_F * torch.tensor([1.0, 1.5, 2.0])), favour_F)
+        expected_F, weight = 0.5 * expected_F + 0.5 * least / favour_F, 0.5 * weight + 0.5
+    assert_close(threshold_of(activation.eval()), expected_F / weight)
+
+
 def test_shortage_compares_what_vied():
     activation, favour_F = BatchTopK(2, 1), torch.tensor([1.0, 4.0])
     activation.observe(torch.tensor([[2.0, 0.0], [0.0, 0.25]]), favour_F)  # times favour: 2 and 1
@@ -106,8 +116,7 @@ def test_shortage_compares_what_vied():
 def test_saved_thresholds_are_those_of_the_latents(tmp_path):
     sae = SAE(WIDTH, LATENTS, BatchTopK(LATENTS, K), generator=toys.seeded(3)).eval()
     sae.scale.fill_(0.5)
-    sae.activation.threshold.fill_(0.4)
-    sae.activation.favour_F.copy_(uneven())
+    sae.activation.threshold_F.copy_(0.4 / uneven())
     save_sae(tmp_path, sae, model="m", layer=0, context=8, dataset="d", beside={})
     acts_BD = normal(BATCH, WIDTH)
     codes_BF = sae.encode(acts_BD) / sae.scale
@@ -126,7 +135,6 @@ def test_a_step_favours_by_its_schedule_and_the_shortage():
     assert_close(step_favours(state, numbers_of(state)), favour_F)
     pre_BF, k = sae.pre_codes(sae.standardise(last_BD)).detach(), plan_of(state, len(last_BD)).k
     report = train_step(state, last_BD)
-    assert_close(sae.activation.favour_F, favour_F)
     won_BF = contest(pre_BF * favour_F, k * len(last_BD))
     assert_close(report.codes.dense(), torch.where(won_BF, pre_BF, 0))
     assert (won_BF != contest(pre_BF, k * len(last_BD))).any()
@@ -140,7 +148,10 @@ def test_nothing_is_favoured_without_levels_powers_or_a_common_budget(changes):
     state = toys.fresh(toys.run_config("run_6", **changes))
     train_step(state, toys.activations(1)[0])
     assert step_favours(state, numbers_of(state)) is None
-    assert isinstance(state.sae.activation, TopK) or (state.sae.activation.favour_F == 1).all()
+    assert (
+        isinstance(state.sae.activation, TopK)
+        or (state.sae.activation.threshold_F == state.sae.activation.threshold).all()
+    )
 
 
 def test_importance_is_of_the_codes_not_of_what_vied():

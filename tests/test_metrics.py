@@ -64,7 +64,7 @@ def test_quality_twice_is_the_same_and_leaves_state_mode_and_input(architecture,
 
 def test_quality_measures_in_evaluation_mode():
     model = sae("batchtopk").train()
-    model.activation.threshold.fill_(1e9)
+    model.activation.threshold_F.fill_(1e9)
     assert quality(model, batches(20)).l0 == 0
 
 

@@ -18,8 +18,7 @@ def build(activation, share=0.01, gain=3.0):
         sae.mean_D.normal_(generator=seeded(2))
         sae.scale.fill_(0.7)
         if isinstance(activation, BatchTopK):
-            activation.threshold.fill_(0.5)
-            activation.favour_F.uniform_(0.8, 1.25, generator=seeded(5))
+            activation.threshold_F.uniform_(0.4, 0.625, generator=seeded(5))
         pre_BF = sae.pre_codes(sae.standardise(tokens(400, 3)))
         sae.enc_bias_F.sub_(pre_BF.quantile(1 - share, dim=0) - 0.4)
     return sae
