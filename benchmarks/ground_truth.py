@@ -1,8 +1,8 @@
 """Which method recovers the features of a known truth? All train in the one trainer, on the same stream of tokens.
 
-    python benchmarks/ground_truth.py --json OUT.json [--methods fipo matryoshka] [--seeds 1 2 3] [--features 4096]
+    python -m benchmarks.ground_truth --json OUT.json [--methods fipo matryoshka] [--seeds 1 2 3] [--features 4096]
 
-    python benchmarks/ground_truth.py --json OUT.json --merge SEED_1.json SEED_2.json ...
+    python -m benchmarks.ground_truth --json OUT.json --merge SEED_1.json SEED_2.json ...
 
 All train by the same schedules (`fipo.schedules`: k falls to its budget from twice as many, by which Matryoshka gains
 as well). The truth is SynthSAEBench's in our own generator (`fipo.synthetic`), a quarter as many latents as features.
@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,12 +27,13 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import command, program, ready
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.config import LSH, Importance, Levels, Penalty, Probing, RunConfig, Text, Workload
 from fipo.data.prepare import statistics as mean_and_scale
-from fipo.errors import EXIT_CODE, UserError
+from fipo.errors import UserError
 from fipo.export import save_sae
-from fipo.files import read_json, writable, write_json
+from fipo.files import read_json, write_json
 from fipo.provenance import hardware, provenance
 from fipo.randomness import generator_for
 from fipo.records import require
@@ -143,8 +143,9 @@ def evaluate(state: TrainState, truth: SyntheticModel, tokens: int, device: str 
 
 
 def run(names: Sequence[str], seed: int, truth: SyntheticModel, given: argparse.Namespace) -> Iterator[Row]:
-    """The rows of one seed, at every k; all train in step."""
-    pairs = [(name, k) for k in given.k for name in names]
+    """The rows of one seed, at every k where there is such a budget; all train in step."""
+    budgeted = {name for name in names if METHODS[name].get("architecture") not in ("relu", "jumprelu")}
+    pairs = [(name, k) for k in given.k for name in names if name in budgeted or k == given.k[0]]
     latents = len(truth.mean_G) // 4
     configs = [config_of(METHODS[name], latents, k, given.steps, given.rate, seed) for name, k in pairs]
     for (name, k), (state, seconds) in zip(pairs, train(configs, truth, given.device), strict=True):
@@ -161,10 +162,10 @@ def judged(rows: list[Row], python: str, saved: Path, truth: Path, tokens: int) 
     """Put beside every row what SAELens' own evaluation, run by `python`, says of its saved SAE."""
     root = Path(__file__).parent
     folders = [str(saved / f"{row['method']}_k{row['k']}_seed{row['seed']}") for row in rows]
-    command = [python, str(root / "saelens_reference.py"), "judge", *folders]
-    command += ["--truth", str(truth), "--tokens", str(tokens)]
+    judge = [python, str(root / "saelens_reference.py"), "judge", *folders]
+    judge += ["--truth", str(truth), "--tokens", str(tokens)]
     environment = {**os.environ, "PYTHONPATH": str(root.parent)}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(judge, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise UserError(f"--judge {python} ended with {done.returncode}; what it said stands above")
     for row, folder in zip(rows, folders, strict=True):
@@ -282,19 +283,19 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true", help="1,024 features at k 6, 2,000 steps, one seed")
-    if "--quick" in sys.argv[1:]:
-        parser.set_defaults(features=1024, k=[6], steps=2000, seeds=[1])
     given = parser.parse_args()
+    if given.quick:
+        parser.set_defaults(features=1024, k=[6], steps=2000, seeds=[1])
+        given = parser.parse_args()
     if given.judge and not (given.save and given.truth):
         parser.error("--judge needs --save and --truth, from which SAELens reads")
-    if given.judge and shutil.which(given.judge) is None:
-        raise UserError(f"--judge {given.judge} is no program; give the Python of an environment with sae-lens")
+    if given.judge:
+        program(given.judge, "--judge", "give the Python of an environment with sae-lens")
     for name in ("methods", "seeds", "k"):  # a row twice would count as a seed more
         values = getattr(given, name)
         require(len(set(values)) == len(values), f"--{name}", values, "each once")
     require(given.tokens > 1, "--tokens", given.tokens, "at least 2 tokens to evaluate on")
-    with writable(given.json.parent, "--json"):
-        pass
+    ready(given.json)
     if given.merge:
         result = merged(given.merge)
         if given.judge:
@@ -327,8 +328,4 @@ def publish(path: Path, result: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(EXIT_CODE)
+    sys.exit(command(main))

@@ -187,9 +187,9 @@ def main() -> None:
     if asked.side:
         write_json(asked.json, side_ours(asked.side))
         return
-    for name in ("latents", "train", "test", "threads"):
-        if getattr(asked, name) < (1 if name == "threads" else 2):
-            raise UserError(f"--{name} is {getattr(asked, name)}; expected more")
+    for name, least in {"latents": 2, "train": 2, "test": 2, "threads": 1}.items():
+        if getattr(asked, name) < least:
+            raise UserError(f"--{name} is {getattr(asked, name)}; expected at least {least}")
     ready(asked.json)
     program(asked.python, "--python", "`make parity` builds the environment of sae-bench")
     with tempfile.TemporaryDirectory() as temporary:

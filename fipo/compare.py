@@ -45,7 +45,7 @@ TIMED = ("harvest", "training")
 
 def report(folders: Sequence[Path]) -> str:
     """The table of all runs in `folders`, the differences between them, and where the numbers come from."""
-    results = by_sparsity(read_all(folders))
+    results = _by_sparsity(read_all(folders))
     seeds: dict[str, set[int]] = {}
     for result in results:
         seeds.setdefault(result.run, set()).add(result.seed)
@@ -72,7 +72,7 @@ def pareto_points(folders: Sequence[Path]) -> list[Point]:
     ]
 
 
-def by_sparsity(results: Sequence[Result]) -> list[Result]:
+def _by_sparsity(results: Sequence[Result]) -> list[Result]:
     """Where runs of one name differ in sparsity, its setting becomes part of the name."""
     settings: dict[str, set[str]] = {}
     for result in results:
@@ -124,16 +124,14 @@ def differences(results: Sequence[Result]) -> list[str]:
 def times(results: Sequence[Result]) -> list[str]:
     """Seconds of every run over those of the one given first: mean ± standard deviation over the seeds that both have
     of the same layers on the same hardware."""
-    runtimes = {(r.run, r.record["workload"], r.seed): r.runtime for r in results if r.runtime}
+    runtimes = {(r.run, r.record["workload"], r.seed, r.runtime["layers"]): r.runtime for r in results if r.runtime}
     base, lines = results[0].run, []
     for other in dict.fromkeys(result.run for result in results if result.run != base):
         pairs = [(of, runtimes.get((base, *which))) for (run, *which), of in runtimes.items() if run == other]
         ratios = [
             {phase: ours[phase] / theirs[phase] for phase in TIMED}
             for ours, theirs in pairs
-            if theirs
-            and all(ours[key] == theirs[key] for key in ("hardware", "layers"))
-            and all(map(theirs.get, TIMED))
+            if theirs and ours["hardware"] == theirs["hardware"] and all(theirs[phase] > 0 for phase in TIMED)
         ]
         if ratios:
             lines.append(f"| {other} / {base} | {' | '.join(_cell(ratios, phase, '{:.2f}') for phase in TIMED)} |")

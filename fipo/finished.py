@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fipo.errors import UserError
-from fipo.names import SPARSITY, additions, flat
+from fipo.names import SPARSITY, Suite, additions, flat
 from fipo.report import OUTCOMES
 from fipo.results import FINAL, OUTCOMES_SUFFIX, RESULT_SUFFIX, read_probe_result, read_result, read_runtime
 from fipo.yamlfile import read_yaml
@@ -28,8 +28,8 @@ class Result(NamedTuple):
     """What its `runtime.json` says of the run, whose `layers` stand beside it; empty where there is none."""
 
     @property
-    def suite(self) -> tuple[str, tuple[str, ...]]:
-        """On what it was scored: workload and datasets."""
+    def suite(self) -> Suite:
+        """On what it was scored."""
         return self.record["workload"], tuple(self.record["eval_config"]["dataset_names"])
 
 
@@ -46,7 +46,7 @@ def _read(folder: Path) -> list[Result]:
     if (folder / FINAL).is_file():
         info, file = read_result(folder), folder / "config.yaml"
         config = flat(read_yaml(file)) if file.is_file() else {}
-        runtime = {**found, "layers": list(info["layers"])} if (found := read_runtime(folder)) else {}
+        runtime = {**found, "layers": tuple(info["layers"])} if (found := read_runtime(folder)) else {}
         return [
             Result(
                 info["run"],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 KEPT = 4
-"""Recordings that are kept: a plan that has passed does not come again."""
+"""Recordings that are kept: most plans do not come again once they have passed."""
 
 
 class StepGraphs:

@@ -4,8 +4,9 @@
 
 Bias-corrected (Kingma & Ba 2015, section 3), so a constant input gives the constant from the first step. The hook only
 collects sums, and only while its module is in training mode; `commit` moves the average once a step. Hence evaluation
-never changes σ, and a batch in two halves equals the batch in one. Codes come as a matrix or as pairs (fipo.sparse).
-Shapes: B tokens, F latents.
+never changes σ, and a batch in two halves equals the batch in one, as do its shares in several ranks (for those who
+bring a loop for them: fipo.train works in one process). Codes come as a matrix or as pairs (fipo.sparse). Shapes: B
+tokens, F latents.
 """
 
 from typing import Any

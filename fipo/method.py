@@ -122,8 +122,8 @@ class Levels:
     drawn: bool = True
     """Draw the cuts anew at each step, each between its share and the next one."""
     rise: float = 0.8
-    """Share of the steps over which the power of the shares rises from `short_power` to 1, and that of the favours from
-    their first to a later one: latents must first be found, by every level's gradient."""
+    """Share of the steps over which the power of the shares rises from `short_power` to 1, and favours go from their
+    first power to the later ones: latents must first be found, by every level's gradient."""
     stop_gradient: float = 0.25
     """s: 0 lets later levels pull at earlier ones (Matryoshka), 1 leaves each only what the earlier ones left."""
     held: tuple[float, ...] = (0.6, 0.8)

@@ -7,6 +7,8 @@ name, a run's own values are added to its name, such as `run_8, penalty.kind ort
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+Suite = tuple[str, tuple[str, ...]]
+"""A workload and the datasets it was scored on."""
 NOT_COMPARED = {"run", "seed", "workload.layers", "log_every", "checkpoint_every", "checkpoint_share"}
 """What a row of the table says already, or what does not touch the result."""
 SPARSITY = {"workload.k", "workload.sparsity_penalty"}
@@ -39,7 +41,7 @@ def additions(configs: Sequence[Mapping[str, str]], without: set[str]) -> list[s
     return short if enough else [", ".join(values) for values in own]
 
 
-def suite_names(suites: Iterable[tuple[str, tuple[str, ...]]]) -> dict[tuple[str, tuple[str, ...]], str]:
+def suite_names(suites: Iterable[Suite]) -> dict[Suite, str]:
     """Name of each workload with its datasets: the workload, and the datasets where those of a workload differ."""
     different = dict.fromkeys(suites)
     workloads = [workload for workload, _ in different]

@@ -73,9 +73,10 @@ def read_result(folder: Path) -> dict[str, Any]:
 def read_runtime(folder: Path) -> dict[str, Any]:
     """Seconds of the phases of the run in `folder`, with the hardware; empty where it has none."""
     file = folder / RUNTIME
-    record = read_json(file) if file.is_file() else {}
-    if record:
-        _check(file, "", record, {"harvest": MEASURE, "training": MEASURE, "hardware": dict})
+    if not file.is_file():
+        return {}
+    record = read_json(file)
+    _check(file, "", record, {"harvest": MEASURE, "training": MEASURE, "hardware": dict})
     return record
 
 

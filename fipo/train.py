@@ -164,11 +164,7 @@ def compute(state: TrainState, plan: Plan, numbers: Numbers, acts_BD: Tensor, pa
     state.optimizer.zero_grad()
     terms.total.backward()
     terms = Terms(*(term.detach() for term in terms))
-    try:
-        update(sae, state.optimizer, terms, state.faults, state.step, numbers.learning_rate, config.optimiser.clip)
-    except UserError:
-        state.importance.discard()
-        raise
+    update(sae, state.optimizer, terms, state.faults, state.step, numbers.learning_rate, config.optimiser.clip)
     with torch.no_grad():
         codes = codes.detach()
         state.importance.commit()

@@ -20,6 +20,8 @@ class Answers(NamedTuple):
     values_TM: Tensor
     rows_TM: Tensor
     """Number of the text behind each row."""
+    weight: int = 1
+    """How often it counts in a mean over several: as many trainings as are `joined` in it."""
 
     @property
     def mean(self) -> float:
@@ -59,15 +61,17 @@ def suite_error(errors: Sequence[float]) -> float:
 def bootstrap(
     datasets: Sequence[Answers], generator: torch.Generator, resamples: int = 2000
 ) -> tuple[list[Interval], Interval]:
-    """Intervals of each dataset's mean and of the mean over datasets, by drawing texts with replacement."""
+    """Intervals of each dataset's mean and of the weighted mean over datasets, by drawing texts with replacement."""
     drawn_DR = torch.stack([_resampled(answers, generator, resamples) for answers in datasets])
     means = [answers.mean for answers in datasets]
-    whole = _interval(sum(means) / len(means), drawn_DR.mean(0))
+    weight_D = torch.tensor([answers.weight for answers in datasets], dtype=torch.float64)
+    share_D = weight_D / weight_D.sum()
+    whole = _interval((share_D @ torch.tensor(means, dtype=torch.float64)).item(), share_D @ drawn_DR)
     return [_interval(mean, drawn_R) for mean, drawn_R in zip(means, drawn_DR, strict=True)], whole
 
 
 def joined(answers: Sequence[Answers]) -> list[Answers]:
-    """Those of the same texts as one, of more tasks."""
+    """Those of the same texts as one, of more tasks and as much more weight."""
     same: list[list[Answers]] = []
     for one in answers:
         group = next((of for of in same if of[0].rows_TM.equal(one.rows_TM)), None)
@@ -75,7 +79,10 @@ def joined(answers: Sequence[Answers]) -> list[Answers]:
             same.append([one])
         else:
             group.append(one)
-    return [Answers(*map(torch.cat, zip(*group, strict=True))) for group in same]
+    return [
+        Answers(torch.cat([of.values_TM for of in group]), torch.cat([of.rows_TM for of in group]), len(group))
+        for group in same
+    ]
 
 
 def _resampled(answers: Answers, generator: torch.Generator, resamples: int) -> Tensor:

@@ -131,6 +131,18 @@ def test_more_seeds_on_the_same_texts_do_not_narrow_what_texts_leave_open(tmp_pa
     assert interval(folders(3, "own", True)) == pytest.approx((mean, width / 3**0.5), abs=0.012)
 
 
+def test_trainings_count_alike_where_some_share_their_texts(tmp_path):
+    """Two on the same texts and one on its own: the mean is that of the three."""
+    folders = []
+    for run, shares in (("run_8", (0, 0, 0)), ("run_6", (2, 2, 8))):
+        for seed, share in enumerate(shares):
+            folder = finished(tmp_path / f"{run}{seed}", run, seed, 0.3)
+            rows_TM = torch.randperm(10, generator=torch.Generator().manual_seed(seed // 2)).repeat(2, 1)
+            folders.append(answered(folder, rows_TM < share, rows_TM))
+    assert interval(folders)[0] == 0.4
+    assert "| run_6 - run_8 | 3 | topics | +0.400 [" in report(folders)
+
+
 def test_scores_on_other_datasets_are_no_seeds_of_one_another(tmp_path):
     first = finished(tmp_path / "first", "run_6", 1, 0.2, top_1=0.9)
     other = rescored(finished(tmp_path / "other", "run_6", 1, 0.2), ["b"], 0.6)
@@ -222,6 +234,23 @@ def test_times_are_ratios_to_the_run_given_first_seed_by_seed(tmp_path):
     timed(tmp_path / "run_6_1", "long")
     with pytest.raises(UserError, match=r"runtime\.json: training is 'long'; expected a number"):
         report(folders)
+    (tmp_path / "run_6_1" / "runtime.json").write_text("[]")
+    with pytest.raises(UserError, match=r"runtime\.json: the record is \[\]"):
+        report(folders)
+
+
+def test_layers_trained_in_folders_of_their_own_are_each_timed(tmp_path):
+    """Neither takes the other's place."""
+    folders = []
+    for run, factor in (("run_0", 1.0), ("run_6", 2.0)):
+        for layer, training in ((3, 10.0), (5, 30.0)):
+            folder = finished(tmp_path / f"{run}_{layer}", run, 1, 0.3)
+            info = json.loads((folder / "final_info.json").read_text())
+            info["layers"] = {str(layer): {**info["layers"]["3"], "layer": layer}}
+            (folder / "final_info.json").write_text(json.dumps(info))
+            timed(folder, training * (factor if layer == 3 else 2 * factor - 1))
+            folders.append(folder)
+    assert "| run_6 / run_0 | 1.00 ± 0.00 | 2.50 ± 0.71 |" in report([folders[0], folders[1], folders[3], folders[2]])
 
 
 def test_runs_of_other_layers_are_not_timed_against_each_other(tmp_path):
