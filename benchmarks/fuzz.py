@@ -206,8 +206,7 @@ class Result(Target):
         record = {"run": "run_3", "workload": "tiny", "seed": 1, "git_revision": "abc", "versions": {"torch": "2"}}
         record |= {"hardware": {"cpu": "x"}, "eval_config": layer["eval_config"]}
         record |= {"layers": {str(number): {"layer": number, **layer} for number in (0, 1)}}
-        (folder / results.FINAL).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        return [folder / results.FINAL]
+        return [_written(folder / results.FINAL, record)]
 
     def read(self, folder: Path) -> Any:
         """The record."""
@@ -234,16 +233,14 @@ class Compared(Result):
 
     def make(self, folder: Path) -> list[Path]:
         """With controls."""
-        runtime = folder / results.RUNTIME
-        runtime.write_text(json.dumps({"harvest": 1.5, "training": 2.5, "hardware": {"cpu": "some"}}), encoding="utf-8")
         (file,) = super().make(folder)
         record = json.loads(file.read_text(encoding="utf-8"))
         for layer in record["layers"].values():
             layer["eval_result_controls"] = _controls()
             layer |= {"k": None, "sparsity_penalty": 0.01, "eval_result_unstructured": {}}
         record["architecture"] = "relu"
-        file.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        return [file, runtime]
+        times = {"harvest": 1.5, "training": 2.5, "hardware": {"cpu": "some"}}
+        return [_written(file, record), _written(folder / results.RUNTIME, times)]
 
     def read(self, folder: Path) -> Any:
         """The tables, and the record that they are of."""
@@ -268,9 +265,7 @@ class Probed(Target):
             **_scored(),
             "eval_result_controls": _controls(),
         }
-        file = folder / f"x{results.RESULT_SUFFIX}"
-        file.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        return [file]
+        return [_written(folder / f"x{results.RESULT_SUFFIX}", record)]
 
     def read(self, folder: Path) -> Any:
         """The table."""
@@ -296,9 +291,7 @@ class Suite(Target):
             **{"git_revision": "abc", "hardware": {"cpu": "x"}, "mean": {"sae": scores}},
             "results": {name: dict.fromkeys(("sae", "llm", "random"), scores) for name in "ab"},
         }
-        file = folder / f"x{results.SUITE_RESULT_SUFFIX}"
-        file.write_text(json.dumps(record, indent=1), encoding="utf-8")
-        return [file]
+        return [_written(folder / f"x{results.SUITE_RESULT_SUFFIX}", record)]
 
     def read(self, folder: Path) -> Any:
         """The table."""
@@ -319,9 +312,9 @@ class Metadata(Target):
         """Beside a run's config."""
         metadata = {"model_name": "m", "hook_name": "blocks.1.hook_resid_post", "hook_layer": 1, "context_size": 16}
         (folder / "layer_1").mkdir()
-        (folder / "layer_1" / "cfg.json").write_text(json.dumps({"metadata": metadata}, indent=1), encoding="utf-8")
+        described = _written(folder / "layer_1" / "cfg.json", {"metadata": metadata})
         (folder / "config.yaml").write_text("run: run_3\nseed: 1\nworkload:\n  dtype: float32\n", encoding="utf-8")
-        return [folder / "layer_1" / "cfg.json", folder / "layer_1" / "cfg.json", folder / "config.yaml"]
+        return [described, described, folder / "config.yaml"]
 
     def read(self, folder: Path) -> Any:
         """The SAE found."""
@@ -405,6 +398,12 @@ class Training(Target):
 
 TARGETS = [Config(), Sae(), Metadata(), Checkpoint(), Shards(), Result(), Compared(), Probed(), Suite()]
 TARGETS += [Log(), Labelled(), Training()]
+
+
+def _written(file: Path, record: dict[str, Any]) -> Path:
+    """The file, which holds the record."""
+    file.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return file
 
 
 def _scored() -> dict[str, Any]:

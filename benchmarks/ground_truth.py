@@ -144,11 +144,15 @@ def evaluate(state: TrainState, truth: SyntheticModel, tokens: int, device: str 
 
 def run(names: Sequence[str], seed: int, truth: SyntheticModel, given: argparse.Namespace) -> Iterator[Row]:
     """The rows of one seed, at every k where there is such a budget; all train in step."""
-    budgeted = {name for name in names if METHODS[name].get("architecture") not in ("relu", "jumprelu")}
-    pairs = [(name, k) for k in given.k for name in names if name in budgeted or k == given.k[0]]
     latents = len(truth.mean_G) // 4
-    configs = [config_of(METHODS[name], latents, k, given.steps, given.rate, seed) for name, k in pairs]
-    for (name, k), (state, seconds) in zip(pairs, train(configs, truth, given.device), strict=True):
+    pairs = {
+        (name, k): config_of(METHODS[name], latents, k, given.steps, given.rate, seed)
+        for k in given.k
+        for name in names
+    }
+    pairs = {(name, k): config for (name, k), config in pairs.items() if config.budgeted or k == given.k[0]}
+    trained = train(list(pairs.values()), truth, given.device)
+    for (name, k), (state, seconds) in zip(pairs, trained, strict=True):
         if given.save:
             beside = {"importance_F": state.importance.values()}
             folder = given.save / f"{name}_k{k}_seed{seed}"
@@ -232,11 +236,10 @@ def ratios(rows: list[Row], ours: str = "fipo") -> dict[str, float]:
 def merged(files: Sequence[Path]) -> dict[str, Any]:
     """Rows of several results as one result; settings must be the same, and no row may come twice."""
     results = [read_json(file) for file in files]
+    rows: dict[tuple[Any, ...], Row] = {}
     for file, result in zip(files, results, strict=True):
         whole = isinstance(result, dict) and {"settings", "git_revision", "rows"} <= result.keys()
         require(whole, "--merge", str(file), "a result of benchmarks/ground_truth.py")
-    rows: dict[tuple[Any, ...], Row] = {}
-    for file, result in zip(files, results, strict=True):
         same = result["settings"] == results[0]["settings"]
         require(same, f"settings of {file}", result["settings"], f"those of {files[0]}")
         for row in result["rows"]:

@@ -124,7 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         os.environ |= {"FIPO_CACHE": f"{temporary}/cache", "FIPO_WORKLOAD": given.workload}
         out_dir = Path(temporary) / given.run
-        dense = runs.resolve(out_dir, EXPERIMENTS).architecture in ("relu", "jumprelu")
+        dense = not runs.resolve(out_dir, EXPERIMENTS).budgeted
         started = time.perf_counter()
         stacks = sampled(lambda: job.run(out_dir, EXPERIMENTS), EVERY)
         whole = time.perf_counter() - started

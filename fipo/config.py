@@ -185,6 +185,11 @@ class RunConfig:
     checkpoint_share: float = 0.02
     """Largest share of the training time that goes into writing checkpoints; a due one waits until then."""
 
+    @property
+    def budgeted(self) -> bool:
+        """Are k latents active a token? Those of the dense architectures are as many as their penalty leaves."""
+        return self.architecture in ("topk", "batchtopk")
+
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "zero or more")
         require(self.aux_weight >= 0, "aux_weight", self.aux_weight, "zero or more")

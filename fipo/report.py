@@ -52,7 +52,7 @@ def layer_info(
         "layer": layer,
         "dict_size": workload.latents,
         "architecture": config.architecture,
-        "k": workload.k if config.architecture in ("topk", "batchtopk") else None,
+        "k": workload.k if config.budgeted else None,
         "learning_rate": workload.learning_rate,
         "sparsity_penalty": workload.sparsity_penalty,
         **measures,

@@ -95,7 +95,7 @@ def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, dev
     workload, width = config.workload, mean_D.shape[0]
     activation = build_activation(config.architecture, workload.latents, workload.k)
     # With half of F random latents active, x̂ ≈ gain · F / (2 D) · x: start the dense architectures at x̂ ≈ x.
-    gain = 1.0 if config.architecture in ("topk", "batchtopk") else min(1.0, 2 * width / workload.latents)
+    gain = 1.0 if config.budgeted else min(1.0, 2 * width / workload.latents)
     sae = SAE(width, workload.latents, activation, gain=gain, generator=generator_for(config.seed, "init", layer))
     sae.mean_D.copy_(mean_D)
     sae.scale.fill_(scale)
