@@ -24,8 +24,9 @@ $(VENV)/.ready: pyproject.toml requirements/torch.txt requirements/triton.txt re
 run: setup
 	$(VENV)/bin/python experiment.py --out_dir=$(OUT)
 
+# Two at a time, each on one thread; a file's tests share what they set up.
 test: setup
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(VENV)/bin/ruff format --check .
