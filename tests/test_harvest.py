@@ -49,6 +49,21 @@ def test_windows_keep_the_order_of_texts_and_batches_stay_small(load_lm):
     assert windows == sorted(windows) and set(text_N.tolist()) == set(range(25))
 
 
+def test_any_stretch_of_a_window_has_texts_of_all_lengths():
+    """Of rows of 1 to 100 tokens, a tenth of the stream that is read on its own is as long as all of it."""
+    lengths = [1 + 37 * n % 100 for n in range(600)]
+
+    def activations(ids_BS, _mask_BS):
+        return torch.zeros(1, *ids_BS.shape, 2)
+
+    lm = SimpleNamespace(special_ids=[0], pad_id=0, activations=activations, device="cpu")
+    _, text_N = whole(harvest(lm, [[1] * length for length in lengths], batch_tokens=400, window=600))
+    length_N = torch.tensor(lengths)[text_N].double()
+    for part_N in length_N.split(len(length_N) // 10):
+        assert abs(part_N.mean() - length_N.mean()) < 0.1 * length_N.mean()
+    assert length_N.long().bincount().tolist() == [0, *(6 * length for length in range(1, 101))]
+
+
 @pytest.mark.parametrize(("device", "passes"), [("cpu", 3), ("cuda", 1)])
 def test_a_gpu_is_given_more_at_a_time(device, passes):
     """Three times 2,048 tokens in rows of 128, in one window; a stand-in counts the passes."""

@@ -1,8 +1,9 @@
 """From rows of token ids to activations of content tokens.
 
-Rows are gathered in windows, sorted by length so that little is padded, and run through the language model. Special
-tokens (begin, end, class, separator, padding) take part in the forward pass and are left out of the result: their
-enormous norms would become features. Shapes: N tokens, L layers, D model width, B rows, S positions.
+Rows are gathered in windows, sorted by length so that little is padded, and run through the language model in batches
+whose order mixes the lengths again. Special tokens (begin, end, class, separator, padding) take part in the forward
+pass and are left out of the result: their enormous norms would become features. Shapes: N tokens, L layers, D model
+width, B rows, S positions.
 """
 
 from collections.abc import Iterable, Iterator
@@ -38,7 +39,7 @@ def harvest(
     special = torch.tensor(lm.special_ids)
     for numbers, window_rows in _windows(rows, window):
         by_length = sorted(range(len(window_rows)), key=lambda index: (len(window_rows[index]), index))
-        for batch in _batches(by_length, window_rows, batch_tokens):
+        for batch in _spread(list(_batches(by_length, window_rows, batch_tokens))):
             ids_BS, mask_BS = _pad([window_rows[index] for index in batch], lm.pad_id)
             content_BS = mask_BS & ~torch.isin(ids_BS, special)
             count = int(content_BS.sum())
@@ -84,6 +85,13 @@ def _batches(order: list[int], rows: list[list[int]], batch_tokens: int) -> Iter
         batch.append(index)
     if batch:
         yield batch
+
+
+def _spread(batches: list[list[int]]) -> list[list[int]]:
+    """The batches by the bits of their places read backwards (van der Corput), so that any few that follow one another
+    are of all lengths: a buffer holds no more than a part of a window, and must not hold the shortest rows alone."""
+    bits = len(batches).bit_length()
+    return [batches[place] for place in sorted(range(len(batches)), key=lambda place: f"{place:0{bits}b}"[::-1])]
 
 
 def _pad(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

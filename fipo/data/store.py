@@ -22,7 +22,7 @@ from fipo.files import TEMPORARY, read_json, remove, replacing_folder, sha256_fi
 from fipo.lock import locked
 from fipo.progress import say
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 65_536
 
