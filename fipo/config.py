@@ -23,10 +23,12 @@ class Text:
     """A Hugging Face dataset id, a local folder or file (parquet, jsonl, txt), or the name of a built-in source."""
     field: str = "text"
     """Column that holds the text."""
+    config: str | None = None
+    """Configuration of a dataset that has several, such as `en` of allenai/c4."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a dataset."""
     revision: str | None = None
-    """Revision of a hub dataset; None resolves the newest one and records it."""
+    """Revision of a hub dataset; None: the newest one when the run begins, whose `config.yaml` then names it."""
     tokens: int
     """Content tokens to harvest; training passes over them again when it needs more."""
     held_out_tokens: int
@@ -223,6 +225,15 @@ class RunConfig:
             "lsh.partners",
             self.lsh.partners if self.lsh else None,
             "null with penalty.estimator unbiased, whose weights hold for all candidates only",
+        )
+        require(
+            self.penalty is None
+            or self.lsh is None
+            or self.penalty.estimator != "unbiased"
+            or self.lsh.min_cosine <= self.penalty.margin,
+            "lsh.min_cosine",
+            self.lsh.min_cosine if self.lsh else None,
+            "at most penalty.margin with penalty.estimator unbiased, or pairs that pay are never candidates",
         )
         require(
             self.levels is None or not self.levels.by_importance or self.importance is not None,

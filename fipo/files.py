@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,19 @@ def flush(path: Path) -> None:
 
 
 def remove_temporaries(folder: Path, *, of_the_dead: bool = False) -> None:
-    """Remove what killed writers left in a folder and those below it. Where others may be writing as well: only what
-    belongs to a process that is no more (`of_the_dead`)."""
+    """Remove what killed writers left in a folder and those below it. Where others may be writing as well
+    (`of_the_dead`): only what belongs to a process that is no more here, and that none has touched for an hour, since
+    on another machine or in another container its number may be that of a writer."""
     for path in sorted(folder.rglob(".*.tmp")):
         found = TEMPORARY.fullmatch(path.name)
-        if found and not (of_the_dead and _lives(int(found[1]))):
+        if found and not (of_the_dead and (_lives(int(found[1])) or _is_recent(path))):
             remove(path)
+
+
+def _is_recent(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime < 3600
+    return False
 
 
 def _lives(process: int) -> bool:

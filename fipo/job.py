@@ -7,6 +7,7 @@ not at all, and `final_info.json` last. One process at a time works in a folder.
 import resource
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fipo.data.labelled import load_all
 from fipo.data.lm import LanguageModel
 from fipo.data.prepare import training_activations
 from fipo.data.store import ActivationStore, cache_root
+from fipo.data.text import pinned
 from fipo.errors import UserError
 from fipo.evaluate import load_subject, probe
 from fipo.export import save_sae
@@ -82,6 +84,8 @@ def run(out_dir: Path, experiments: Path) -> None:
             device=device,
         )
         probed = load_all(workload.probing, config.seed)
+        workload = replace(workload, text=pinned(workload.text))
+        config = replace(config, workload=workload)
         phases.end("set_up")
         held_out, source = training_activations(workload.text, lm)
         phases.end("harvest")
@@ -96,7 +100,7 @@ def run(out_dir: Path, experiments: Path) -> None:
             lm, probed, subjects, workload.probing, config.seed, keep=False, harvested=lambda: phases.end("harvest")
         )
         phases.end("probing")
-        origin = {**provenance(), "hardware": hardware(device)}
+        origin = {**provenance(), "hardware": hardware(device), "activations": held_out.manifest["key"]}
         layers = {}
         for n in workload.layers:
             found = scores[f"layer_{n}"]

@@ -6,22 +6,26 @@ last name is `run_3`), and a `config.yaml` already in the folder. The workload c
 off. The config as resolved is what the run folder keeps, and a resumed run reads only that.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
-from fipo.config import RunConfig
+from fipo.config import RunConfig, Workload
 from fipo.errors import UserError
 from fipo.records import from_dict, require, to_dict
 from fipo.workloads import find_workload
 from fipo.yamlfile import read_yaml, write_yaml
+
+REQUIRED = {field.name for field in dataclasses.fields(Workload) if field.default is dataclasses.MISSING}
+"""What a workload cannot do without."""
 
 
 def resolve(out_dir: Path, experiments: Path) -> RunConfig:
     """The config of the run in `out_dir`; `experiments` is the folder of the run files."""
     own = out_dir / "config.yaml"
     given = read_yaml(own) if own.exists() else {}
-    run = str(given.get("run", out_dir.name))
+    run = str(given.get("run", out_dir.resolve().name))
     file = experiments / f"{run}.yaml"
     known = sorted(path.stem for path in experiments.glob("run_*.yaml"))
     if run not in known:  # a name, and no path to somewhere else
@@ -40,7 +44,7 @@ def resolve(out_dir: Path, experiments: Path) -> RunConfig:
     if not isinstance(overrides, dict):
         overrides = {"name": overrides}
     name = str(overrides.get("name") or os.environ.get("FIPO_WORKLOAD") or "minilm")
-    whole = {"name", "model", "text", "probing"} <= overrides.keys()  # as saved: it may come from a file now gone
+    whole = REQUIRED <= overrides.keys()  # as saved: it may come from a file now gone
     values |= {"run": run, "workload": overrides if whole else merge(to_dict(find_workload(name)), overrides)}
     return from_dict(RunConfig, values)
 

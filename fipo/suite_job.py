@@ -63,7 +63,7 @@ def run(
 
 def _key(subject: Subject, datasets: Sequence[SuiteDataset], lm: LanguageModel, ks: Sequence[int], seed: int) -> str:
     """Names all that a result depends on."""
-    model = [lm.weights_hash, lm.tokenizer_hash, str(lm.dtype), lm.context]
+    model = [lm.model_hash, lm.tokenizer_hash, str(lm.dtype), lm.context]
     return sha256_json([subject.layer, subject.key, [tuple(data) for data in datasets], model, list(ks), seed])
 
 
@@ -82,7 +82,7 @@ def _all_activations(datasets: Sequence[SuiteDataset], lm: LanguageModel) -> lis
     found = []
     with progress("last tokens", sum(len(data.texts) for data in datasets), "texts") as advance:
         for data in datasets:
-            key = ["last tokens", lm.weights_hash, lm.tokenizer_hash, list(lm.layers), str(lm.dtype), data.texts]
+            key = ["last tokens", lm.model_hash, lm.tokenizer_hash, list(lm.layers), str(lm.dtype), data.texts]
             acts_NLD = read_kept(key)
             if acts_NLD is None:
                 acts_NLD = last_token_activations(data.texts, lm)

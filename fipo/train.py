@@ -69,11 +69,17 @@ class Numbers(NamedTuple):
 
 
 def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
-    """One step on model activations [B, D]: the only mutator of `state`. `UserError` where it is not finite, and in one
-    of several ranks, which would share their importance and nothing else: gradients and BatchTopK's budget are local.
+    """One step on model activations [B, D]: the only mutator of `state`. `UserError` where it is not finite, behind the
+    last step of the run, and in one of several ranks, which would share their importance and nothing else: gradients
+    and BatchTopK's budget are local.
     """
     if several_ranks():
         raise UserError("a training step in one of several ranks is given; expected one process: start it without them")
+    if state.step >= state.config.workload.steps:
+        raise UserError(
+            f"step {state.step + 1} of a run of {state.config.workload.steps} is given; expected no more, since its "
+            "schedules end there: raise workload.train_tokens"
+        )
     state.importance.discard()  # what was encoded since the last step is no part of this one
     refresh_pairs(state)
     plan, numbers = plan_of(state, len(acts_BD)), numbers_of(state)

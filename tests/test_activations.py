@@ -130,6 +130,7 @@ def test_batchtopk_in_evaluation_is_the_threshold_token_by_token():
     pre_BF = pre_codes()
     assert torch.equal(activation(pre_BF), pre_BF * (pre_BF > 0.4))
     assert torch.equal(activation(pre_BF)[3:4], activation(pre_BF[3:4]))
+    assert not activation(torch.full((1, 11), 0.4)).any()  # SAELens' JumpReLU leaves out what is at the threshold
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -265,7 +265,10 @@ def test_unbiased_needs_all_candidates():
     unbiased = dataclasses.replace(config.penalty, estimator="unbiased")
     with pytest.raises(UserError, match="lsh.partners is 2; expected null"):
         dataclasses.replace(config, penalty=unbiased, lsh=dataclasses.replace(config.lsh, partners=2))
-    every = dataclasses.replace(config, penalty=unbiased, lsh=dataclasses.replace(config.lsh, partners=None))
+    lsh = dataclasses.replace(config.lsh, partners=None, min_cosine=0.2)
+    with pytest.raises(UserError, match="lsh.min_cosine is 0.2; expected at most penalty.margin"):
+        dataclasses.replace(config, penalty=unbiased, lsh=lsh)
+    every = dataclasses.replace(config, penalty=dataclasses.replace(unbiased, margin=0.2), lsh=lsh)
     assert every.penalty.estimator == "unbiased"
 
 

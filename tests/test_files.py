@@ -148,8 +148,11 @@ def test_temporaries_of_the_living_stay_where_others_may_write(tmp_path):
     dead.wait()
     for process in (dead.pid, os.getpid(), os.getppid()):
         (tmp_path / f".a.{process}.tmp").write_text("x")
+        os.utime(tmp_path / f".a.{process}.tmp", (0, 0))
+    (tmp_path / f".b.{dead.pid}.tmp").write_text("x")  # of a writer elsewhere, perhaps
     remove_temporaries(tmp_path, of_the_dead=True)
-    assert names(tmp_path) == sorted(f".a.{process}.tmp" for process in (os.getpid(), os.getppid()))
+    living = [f".a.{process}.tmp" for process in (os.getpid(), os.getppid())]
+    assert names(tmp_path) == sorted([*living, f".b.{dead.pid}.tmp"])
 
 
 def test_a_link_is_removed_and_not_what_it_points_at(tmp_path):

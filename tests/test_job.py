@@ -37,7 +37,7 @@ FINAL_KEYS = (
     "dead_share mean_max_cosine eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics "
     "eval_result_details sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict "
     "eval_result_unstructured eval_result_datasets eval_result_controls eval_result_statistics run workload seed "
-    "importance_half_life_tokens git_revision versions hardware layers"
+    "importance_half_life_tokens git_revision versions hardware activations layers"
 )
 LOG_KEYS = (
     "step tokens layer loss reconstruction sparsity auxiliary orthogonality fvu l0 dead_share sigma_quantiles "
@@ -135,6 +135,20 @@ def test_final_info(finished):
     assert info["eval_result_metrics"]["sae"]["sae_top_5_test_accuracy"] > 0.7
     assert info["final_loss"] == log(finished)[-1]["loss"]
     assert "torch" in info["versions"] and info["git_revision"] and info["hardware"]["cores"]
+    assert {"model", "tokenizer", "text", "layers", "context", "dtype"} <= info["activations"].keys()
+
+
+def test_the_revision_of_the_text_is_that_of_the_first_start(tmp_path, values, monkeypatch):
+    """When the dataset has moved on, the run goes on with the text that it began with."""
+    newest = iter(["first", "second"])
+    monkeypatch.setattr(
+        job, "pinned", lambda text: text if text.revision else dataclasses.replace(text, revision=next(newest))
+    )
+    interrupted(tmp_path / "run_0", values, monkeypatch, step=17)
+    assert runs.resolve(tmp_path / "run_0", EXPERIMENTS).workload.text.revision == "first"
+    start(tmp_path / "run_0", values)
+    assert [line["step"] for line in log(tmp_path / "run_0") if line["layer"] == 0] == list(range(5, 45, 5))
+    assert runs.resolve(tmp_path / "run_0", EXPERIMENTS).workload.text.revision == "first"
 
 
 def test_the_record_is_read_as_one(finished):
@@ -202,6 +216,8 @@ def test_same_command_twice_and_the_cache_is_used(tmp_path, finished, values, mo
 
     def refuse(*_given):
         raise AssertionError("the language model ran")
+
+    monkeypatch.setattr("fipo.data.lm.check_reading", lambda _lm: None)  # but for its trial
 
     monkeypatch.setattr(LanguageModel, "activations", refuse)
     again = start(tmp_path / "run_3", values)

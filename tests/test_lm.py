@@ -160,6 +160,26 @@ def test_sharded_weights_have_one_hash_that_depends_on_each(model_folder, tmp_pa
     assert hash_weights(folder) != before
 
 
+def test_model_hash_names_the_config_as_well(model_folder, tmp_path):
+    """The same weights with another rope are another model; in another folder they are the same."""
+    folder = tmp_path / "other"
+    shutil.copytree(model_folder("gpt_neox"), folder)
+    plain = load(model_folder("gpt_neox"))
+    assert load(folder).model_hash == plain.model_hash
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.1}))
+    assert load(folder).weights_hash == plain.weights_hash and load(folder).model_hash != plain.model_hash
+
+
+def test_a_text_is_cut_at_its_end_whatever_the_tokeniser_says(model_folder, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(model_folder("bert"), folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"truncation_side": "left"}))
+    text = [" ".join(["moon"] * 20 + ["star"] * 20)]
+    assert list(load(folder).token_rows(text)) == list(load(model_folder("bert")).token_rows(text))
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(UserError, match="no_such does not exist"):
         load(tmp_path / "no_such")

@@ -4,9 +4,33 @@ import json
 import os
 
 import pytest
+import torch
+import toys
 
 from fipo.errors import UserError
-from fipo.log import append_log, read_log, trim_log
+from fipo.log import append_log, log_line, read_log, trim_log
+from fipo.schedules import learning_rate
+from fipo.train import train_step
+
+
+def test_every_value_of_a_line():
+    config = toys.run_config("run_3", steps=100)
+    state = toys.fresh(config)
+    report = train_step(state, toys.activations(1)[0])
+    most = config.workload.dead_tokens
+    state.importance.silent_tokens_F[:] = torch.tensor([most, most + 1] + [most - 1] * 14)
+    state.importance.mean_F[:] = torch.arange(16.0)
+    state.importance.weight.fill_(1.0)
+    state.sae.dec_FD.data[:] = torch.eye(8).repeat(2, 1)
+    state.sae.dec_FD.data[8] = -state.sae.dec_FD.data[0]
+    line = log_line(state, report, 3, 5.0)
+    assert (line["step"], line["tokens"], line["layer"], line["tokens_per_second"]) == (1, toys.BATCH, 3, 5.0)
+    assert line["dead_share"] == 2 / 16 and line["candidate_pairs"] == len(state.pairs_P2)
+    assert line["sigma_quantiles"] == pytest.approx([1.5, 7.5, 13.5, 14.85])
+    assert line["max_cosine_histogram"] == [2, *[0] * 48, 14] and line["mean_max_cosine"] == pytest.approx(14 / 16)
+    assert line["learning_rate"] == learning_rate(config, 0) > 0
+    assert line["loss"] == report.terms.total.item() and line["reconstruction"] == report.terms.reconstruction.item()
+    assert line["fvu"] == report.fvu and line["l0"] == report.l0
 
 
 def lines(*steps):

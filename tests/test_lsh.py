@@ -178,7 +178,7 @@ def test_pairs_held_stay_until_they_are_no_longer_close():
     unit_FD[17] = torch.nn.functional.normalize(unit_FD[3] + unit_FD[17], dim=0)
     unit_FD[9] = -unit_FD[5]
     held_P2 = torch.tensor([close, far])
-    never = dict(tables=1, bits=20, min_cosine=0.2)
+    never = dict(tables=1, bits=14, capacity=2, min_cosine=0.2)
     assert found(unit_FD, **never).tolist() == []
     assert found(unit_FD, held_P2=held_P2, **never).tolist() == [close]
     new = found(unit_FD, min_cosine=0.2).tolist()

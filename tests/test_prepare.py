@@ -129,6 +129,20 @@ def test_probe_store_of_every_text(load_lm, labelled_folders, silent):
     assert probe_store(data, lm).folder == store.folder
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_text_that_is_too_short_is_told(load_lm, text_folder, cached):
+    """A stream would go round and round over the few tokens that there are."""
+    with pytest.raises(UserError, match=r"ends after \d+ content tokens; 1000000 were asked for"):
+        _, source = training_activations(text(text_folder, tokens=1_000_000, cached=cached), load_lm("bert"))
+        while True:
+            source.take(1000)
+
+
+def test_rows_of_an_encoder_are_not_packed(load_lm, text_folder):
+    with pytest.raises(UserError, match="text.packed is true, and .* is an encoder"):
+        training_activations(text(text_folder, packed=True), load_lm("bert"))
+
+
 def test_text_that_holds_nothing(load_lm, tmp_path, own_cache):
     lm = load_lm("bert")
     for number, lines in enumerate((["[SEP] [CLS]", "[PAD]"], [" ", "  "])):

@@ -35,6 +35,21 @@ def test_every_run_resolves_for_every_workload(tmp_path, monkeypatch, workload):
         assert config.run == run and config.workload == BUILT_IN[workload]
 
 
+def test_a_part_of_a_workload_is_no_whole_one(tmp_path):
+    """Whatever it names, the rest comes from the workload of that name; what a run saved is whole."""
+    part = {"name": "gemma-2-2b", "model": "m", "text": {"source": "t"}, "probing": {"train_per_class": 5}}
+    config = resolve(tmp_path, {"workload": part})
+    assert (config.workload.model, config.workload.layers) == ("m", BUILT_IN["gemma-2-2b"].layers)
+    whole = to_dict(config) | {"workload": to_dict(config)["workload"] | {"name": "of a file now gone"}}
+    assert resolve(tmp_path, whole).workload.name == "of a file now gone"
+
+
+def test_the_run_of_this_folder(tmp_path, monkeypatch):
+    (tmp_path / "run_3").mkdir()
+    monkeypatch.chdir(tmp_path / "run_3")
+    assert runs.resolve(Path("."), EXPERIMENTS).run == "run_3"
+
+
 def test_what_the_runs_switch_on(tmp_path):
     """Issue 2, section 3."""
     configs = [resolve(tmp_path, run=run) for run in RUNS]

@@ -45,11 +45,11 @@ def _all_eight_small(tmp_path, monkeypatch):
         save(tmp_path, "canrager/amazon_reviews_mcauley_1and5", split, stars)
         news = [{"text": f"{split} {label} {number}", "label": label} for number in range(30) for label in range(4)]
         save(tmp_path, "fancyzhx/ag_news", split, news)
-    languages = ("C", "Python", "HTML", "Java", "PHP", "Rust")
+    languages = {"C": ".h", "Python": ".py", "HTML": ".html", "Java": ".java", "PHP": ".php5", "C++": ".C", "GO": ".go"}
     code = [
-        {"code": CODE + f"{language} {number} " + "y" * (600 if number % 3 else 10), "language": language}
+        {"content": CODE + f"{language} {number} " + "y" * (600 if number % 3 else 10), "path": f"a.py/b{ending}"}
         for number in range(60)
-        for language in languages
+        for language, ending in languages.items()
     ]
     save(tmp_path, "codeparrot/github-code", "train", code)
     for language, pair in {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}.items():
@@ -105,6 +105,18 @@ def test_code_is_long_loses_its_header_and_is_shuffled_by_python():
     assert all(text.startswith("C ") for text in train["C"])
 
 
+def test_code_as_the_hubs_script_gives_it_is_that_of_the_files(tmp_path):
+    """The files have path and content, of which the script makes language and code."""
+    name = "codeparrot/github-code"
+    expected = build(name)
+    file = next((tmp_path / name).rglob("*.parquet"))
+    rows = pandas.read_parquet(file).rename(columns={"content": "code"})
+    names = {"h": "C", "py": "Python", "html": "HTML", "java": "Java", "php5": "PHP", "C": "C++", "go": "GO"}
+    rows["language"] = rows.pop("path").str.rpartition(".")[2].map(names)
+    rows.to_parquet(file)
+    assert build(name) == expected
+
+
 def test_europarl_takes_the_first_lines_of_each_pair():
     train, test = build("Helsinki-NLP/europarl")
     generator = random.Random(SEED)
@@ -132,6 +144,7 @@ def test_a_missing_split_is_named():
     [
         ("fancyzhx/ag_news", [{"body": "x", "label": 1}], None),
         ("codeparrot/github-code", [{"code": "x", "lang": "C"}], None),
+        ("codeparrot/github-code", [{"code": "x", "path": "a.c"}], None),
         ("Helsinki-NLP/europarl", [{"translation": {"en": "x"}}, {"translation": {"fr": "x"}}], "en-fr"),
         ("Helsinki-NLP/europarl", [{"translation": "x"}], "en-fr"),
     ],

@@ -1,15 +1,19 @@
 """fipo.data.text: local folders and files give their texts in order under a fingerprint; what is wrong is told."""
 
+import gzip
 import json
+import lzma
 
+import pyarrow
 import pytest
 import tiny
 
 from fipo.config import Text
 from fipo.data import text as text_module
-from fipo.data.text import PAUSES, open_text
+from fipo.data.text import PAUSES, open_text, pinned
 from fipo.errors import UserError
 
+COMPRESS = {"zst": pyarrow.Codec("zstd").compress, "gz": gzip.compress, "xz": lzma.compress}
 TEXTS = ["first text", "second text", "third text"]
 
 
@@ -37,6 +41,39 @@ def test_one_file(tmp_path, kind):
     source = open_text(text(write(tmp_path, kind)))
     assert list(source.texts()) == TEXTS
     assert list(source.texts()) == TEXTS  # a second pass begins anew
+
+
+@pytest.mark.parametrize("ending", ["zst", "gz", "xz"])
+def test_compressed_as_the_pile_is(tmp_path, ending):
+    """monology/pile-uncopyrighted holds `train/00.jsonl.zst` to `29`, `val.jsonl.zst` and `test.jsonl.zst`."""
+    for name, texts in (("train/00", TEXTS[:2]), ("train/01", TEXTS[2:]), ("val", ["v"]), ("test", ["t"])):
+        path = tmp_path / f"{name}.jsonl.{ending}"
+        path.parent.mkdir(exist_ok=True)
+        lines = "".join(json.dumps({"text": line, "meta": {"pile_set_name": "x"}}) + "\n" for line in texts)
+        path.write_bytes(COMPRESS[ending](lines.encode()))
+    assert list(open_text(text(tmp_path)).texts()) == TEXTS
+    assert list(open_text(text(tmp_path / f"train/00.jsonl.{ending}")).texts()) == TEXTS[:2]
+
+
+def test_configurations_of_a_folder(tmp_path):
+    lines = "".join(f"- config_name: {name}\n  data_files: {name}/*.parquet\n" for name in ("en", "fr"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{lines}---\n")
+    for name in ("en", "fr"):
+        tiny.write_parquet(tmp_path / name / "train.parquet", {"text": [name]})
+    assert list(open_text(text(tmp_path, config="fr")).texts()) == ["fr"]
+    assert open_text(text(tmp_path, config="fr")).fingerprint != open_text(text(tmp_path, config="en")).fingerprint
+    with pytest.raises(UserError, match=r"(?s)does not load: .*fr"):
+        list(open_text(text(tmp_path)).texts())
+
+
+def test_the_newest_revision_is_pinned(monkeypatch, text_folder):
+    monkeypatch.setattr(text_module, "newest_revision", lambda name: f"newest of {name}")
+    assert pinned(text("someone/texts")).revision == "newest of someone/texts"
+    assert pinned(text("someone/texts", revision="abc")).revision == "abc"
+    assert pinned(text(text_folder)).revision is None
+    assert "@newest of someone/texts/" in open_text(text("someone/texts")).fingerprint
+    with pytest.raises(UserError, match="no/such does not exist"):
+        pinned(text("./no/such", revision="abc"))
 
 
 def test_folder_of_parquet(text_folder):
@@ -115,7 +152,7 @@ def test_hub_out_of_reach():
 
 def test_hub_out_of_reach_with_a_revision():
     source = open_text(text("someone/texts", revision="abc"))
-    assert source.fingerprint == "someone/texts@abc/train/text"
+    assert source.fingerprint == "someone/texts@abc/None/train/text"
     with pytest.raises(UserError, match="dataset someone/texts, split train, cannot be read"):
         list(source.texts())
 

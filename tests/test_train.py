@@ -1,5 +1,6 @@
 """fipo.train and fipo.randomness: the step as a whole. Resume is bitwise, measuring is free, phases hold."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -436,7 +437,8 @@ def test_penalty_share_rises_over_the_warm_up(warmup, expected):
 def test_pairs_stay_in_the_running_unless_their_chance_to_be_found_counts(estimator, kept, monkeypatch):
     given, mined_P2 = [], torch.tensor([[0, 1]])
     monkeypatch.setattr("fipo.lsh.candidate_pairs", lambda *_, held_P2, **__: given.append(held_P2) or mined_P2)
-    config = toys.run_config("run_3", penalty=Penalty(estimator=estimator), lsh=LSH(refresh_every=1, partners=None))
+    lsh = LSH(refresh_every=1, partners=None, min_cosine=0.0)
+    config = toys.run_config("run_3", penalty=Penalty(estimator=estimator), lsh=lsh)
     run(toys.fresh(config), toys.activations(2))
     assert [held_P2 is not None for held_P2 in given] == [kept, kept]
     assert not kept or (len(given[0]) == 0 and given[1] is mined_P2)
@@ -571,6 +573,40 @@ def test_a_step_in_one_of_several_ranks_is_refused(monkeypatch):
     assert not differing(before, snapshot(state))
 
 
+@pytest.mark.parametrize("latent", [-1, toys.LATENTS])
+def test_pairs_of_latents_that_are_not_there_are_refused(latent):
+    state = toys.fresh(toys.run_config("run_3"))
+    with pytest.raises(UserError, match="pairs_P2"):
+        state.load_state_dict(state.state_dict() | {"pairs_P2": torch.tensor([[0, latent]])})
+
+
+@pytest.mark.parametrize(("name", "norm"), [("run_0", 0.25), ("topk", 1.0)])
+def test_a_dense_dictionary_starts_near_its_input(name, norm):
+    """Of 64 latents of width 8 half are active, x̂ = F / (2 D) · x times the norm of the encoder's rows."""
+    state = toys.fresh(toys.run_config(name, workload=toys.workload(latents=64)))
+    torch.testing.assert_close(state.sae.enc_FD.norm(dim=1), torch.full((64,), norm))
+
+
+def test_no_step_behind_the_last():
+    """The learning rate would go on falling, below 0: training backwards."""
+    state = run(toys.fresh(toys.run_config("run_6", steps=3)), toys.activations(3))
+    before = snapshot(state)
+    with pytest.raises(UserError, match="step 4 of a run of 3 is given; .* raise workload.train_tokens"):
+        train_step(state, toys.activations(1)[0])
+    assert not differing(before, snapshot(state))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_copy_trains_as_the_original_and_apart_from_it(name):
+    """Its σ comes from its own codes."""
+    state = run(toys.fresh(toys.run_config(name)), toys.activations(4))
+    copied, before = copy.deepcopy(state), snapshot(state)
+    run(copied, toys.activations(5, seed=9))
+    assert not differing(before, snapshot(state))
+    run(state, toys.activations(5, seed=9))
+    assert not differing(snapshot(copied), snapshot(state))
+
+
 def test_a_latent_is_dead_from_the_last_of_its_silent_tokens_on(monkeypatch):
     """One that has been silent for `dead_tokens` tokens, not one token less: it gets the auxiliary loss, by half as
     many latents as the model is wide (Gao et al. 2024), and is revived."""
@@ -600,12 +636,24 @@ def test_the_clock_of_a_latent_that_could_not_be_revived_runs_on():
 
 
 def test_no_revival_in_the_last_fifth():
-    state = with_long_dead(toys.fresh(toys.run_config("run_3", steps=12)), [2])
-    run(state, toys.activations(10))
-    state.importance.silent_tokens_F[2] = 10**6
-    state.sae.enc_bias_F.data[2] = -100.0
-    run(state, toys.activations(2))
-    assert state.importance.silent_tokens_F[2] > 10**6
+    config = toys.run_config("run_3", steps=10)
+    config = replace(config, reservoir=replace(config.reservoir, revive_every=1))
+    state = run(with_long_dead(toys.fresh(config), [2]), toys.activations(7))
+    for revived in (True, False, False):  # after steps 8, 9 and 10
+        with_long_dead(state, [2])
+        run(state, toys.activations(1))
+        assert (state.importance.silent_tokens_F[2] < 10**6) == revived
+
+
+def test_no_revival_while_the_encoder_rests():
+    levels = replace(toys.run_config("run_6").levels, decoder_only=0.5)
+    config = toys.run_config("run_6", steps=10, levels=levels)
+    config = replace(config, reservoir=replace(config.reservoir, revive_every=1))
+    state = run(toys.fresh(config), toys.activations(4))
+    for revived in (True, False):  # after steps 5 and 6
+        with_long_dead(state, [2])
+        run(state, toys.activations(1))
+        assert (state.importance.silent_tokens_F[2] < 10**6) == revived
 
 
 # Learning

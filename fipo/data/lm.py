@@ -6,6 +6,7 @@ positions, D model width, L layers.
 """
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fipo.data.trial import check_reading
 from fipo.errors import UserError
 from fipo.files import sha256_file, sha256_json
 
@@ -72,6 +74,12 @@ def hash_weights(folder: Path) -> str:
     return hashes[0] if len(hashes) == 1 else sha256_json(hashes)
 
 
+def hash_config(config: Any) -> str:
+    """SHA-256 of a config less what is not the model's own: where it lay, which version read it, in which format."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    return sha256_json({key: values[key] for key in values.keys() - {"_name_or_path", "transformers_version", "dtype"}})
+
+
 def find_blocks(model: nn.Module, count: int) -> nn.ModuleList:
     """The list of transformer blocks: the first `ModuleList` with as many entries as the config has layers."""
     for module in model.modules():
@@ -104,6 +112,8 @@ class LanguageModel:
             raise UserError(
                 f"context {context} is more than {model} has positions for: it takes at most {self.positions}"
             )
+        check_reading(self)
+        self.model_hash = sha256_json([self.weights_hash, hash_config(self.config)])
         self.tokenizer_hash = sha256_json([self.tokenizer.backend_tokenizer.to_str(), self.special_ids, self.begin_id])
 
     @property
@@ -143,7 +153,7 @@ class LanguageModel:
     @property
     def begin_id(self) -> int | None:
         """The token with which every row of a decoder begins (attention gathers there); None for encoders."""
-        if self.tokenizer.cls_token_id is not None:
+        if self.tokenizer.cls_token_id is not None or self.config.is_encoder_decoder:
             return None
         bos = self.tokenizer.bos_token_id
         return self.tokenizer.eos_token_id if bos is None else bos
@@ -196,13 +206,18 @@ class LanguageModel:
 
         handles = [self.blocks[layer].register_forward_hook(reader(layer)) for layer in self.layers]
         try:
-            self.model(input_ids=ids_BS.to(self.device), attention_mask=mask_BS.to(self.device))
+            self.forward(ids_BS, mask_BS)
         except _LastLayerReached:
             pass
         finally:
             for handle in handles:
                 handle.remove()
         return torch.stack([found[layer] for layer in self.layers])
+
+    def forward(self, ids_BS: Tensor, mask_BS: Tensor, **given: Any) -> Any:
+        """A pass of the model, or of the encoder of one that has a decoder as well."""
+        reader = self.model.get_encoder() if self.config.is_encoder_decoder else self.model
+        return reader(input_ids=ids_BS.to(self.device), attention_mask=mask_BS.to(self.device).long(), **given)
 
 
 def _load(folder: Path, dtype: str) -> tuple[Any, Any]:
@@ -235,6 +250,7 @@ def _load(folder: Path, dtype: str) -> tuple[Any, Any]:
         raise UserError(f"{folder} has no fast tokeniser (tokenizer.json), the only kind that is read")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError(f"{folder} has no vocabulary: its tokeniser files are missing")
+    tokenizer.truncation_side = "right"
     return model, tokenizer
 
 

@@ -15,7 +15,7 @@ from fipo.data.buffer import ActivationSource, LiveSource, StoredSource
 from fipo.data.harvest import Chunk, first_rows, harvest
 from fipo.data.labelled import LabelledText
 from fipo.data.lm import LanguageModel
-from fipo.data.store import ActivationStore, open_or_harvest
+from fipo.data.store import ActivationStore, open_or_harvest, too_short
 from fipo.data.text import open_text
 from fipo.errors import UserError
 from fipo.progress import progress
@@ -26,6 +26,10 @@ def training_activations(text: Text, lm: LanguageModel) -> tuple[ActivationStore
     tokens asked for, and the next trained. A row is never in both, and rows are taken before any is sorted by length:
     held-out text is as long as the text trained on."""
     source = open_text(text)
+    if text.packed and lm.begin_id is None:
+        raise UserError(
+            f"text.packed is true, and {lm.name} is an encoder, whose rows are whole texts; set it to false"
+        )
     key = _key(lm, source.fingerprint, text.packed)
     held, tokens = text.held_out_tokens, text.tokens
 
@@ -39,7 +43,7 @@ def training_activations(text: Text, lm: LanguageModel) -> tuple[ActivationStore
         after = rows()
         for _ in first_rows(after, lm, held):
             pass
-        return _cut(harvest(lm, first_rows(after, lm, tokens), skip=skip), tokens - skip)
+        return _cut(harvest(lm, first_rows(after, lm, tokens), skip=skip), skip, tokens)
 
     store = open_or_harvest({**key, "rows": "first", "tokens": held}, held_out, held)
     if not text.cached:
@@ -81,7 +85,7 @@ def statistics(acts_NLD: Tensor) -> tuple[Tensor, Tensor]:
 
 def _key(lm: LanguageModel, text: str, packed: bool) -> dict[str, Any]:
     return {
-        "model": lm.weights_hash,
+        "model": lm.model_hash,
         "layers": list(lm.layers),
         "tokenizer": lm.tokenizer_hash,
         "text": text,
@@ -91,13 +95,15 @@ def _key(lm: LanguageModel, text: str, packed: bool) -> dict[str, Any]:
     }
 
 
-def _cut(chunks: Iterable[Chunk], tokens: int) -> Iterator[Chunk]:
-    """The chunks up to so many tokens."""
+def _cut(chunks: Iterable[Chunk], start: int, tokens: int) -> Iterator[Chunk]:
+    """The chunks of a text from token `start` on, up to so many tokens of it; `UserError` where it has fewer."""
     for chunk in chunks:
-        if tokens <= 0:
+        if start >= tokens:
             return
-        yield Chunk(*(part_N[:tokens] for part_N in chunk))
-        tokens -= len(chunk.text_N)
+        yield Chunk(*(part_N[: tokens - start] for part_N in chunk))
+        start += len(chunk.text_N)
+    if start < tokens:
+        raise too_short(start, tokens)
 
 
 def _with_progress(title: str, chunks: Iterable[Chunk], total: int) -> Iterator[Chunk]:

@@ -38,7 +38,14 @@ _BIOS = {
 _GITHUB = "codeparrot/github-code"
 _AMAZON = "canrager/amazon_reviews_mcauley_1and5"
 _EUROPARL = {"en": "en-fr", "fr": "fr-it", "de": "de-en", "es": "es-fr", "nl": "nl-pt"}
-_LANGUAGES = ("C", "Python", "HTML", "Java", "PHP")
+_LANGUAGES = {
+    "C": (".c", ".h"),
+    "Python": (".py",),
+    "HTML": (".html",),
+    "Java": (".java",),
+    "PHP": (".php", ".php3", ".php4", ".php5", ".phps", ".phpt"),
+}
+"""With the endings by which the hub's script for github-code tells a file's language."""
 _SOURCES = {**dict.fromkeys(_BIOS, "LabHC/bias_in_bios"), f"{_AMAZON}_sentiment": _AMAZON}
 _SHORTEST_CODE, _LICENCE_HEADER = 534, 150
 
@@ -106,12 +113,21 @@ def _drawn(
 def _github(read: Reader, name: str, train: int, test: int, seed: int) -> Splits:
     found: Classes = {language: [] for language in _LANGUAGES}
     for record in read(name, "train", None):
-        language, code = _value(name, record, "language"), _value(name, record, "code")
+        language, code = _code(name, record)
         if language in found and len(code or "") > _SHORTEST_CODE:
             found[language].append(code[_LICENCE_HEADER:])
             if min(map(len, found.values())) > train + test:
                 break
     return _shuffled_and_cut(found, train, test, seed)
+
+
+def _code(name: str, record: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Language and code of a record: as the hub's script gives them, or of its files, which hold path and content."""
+    if "language" in record:
+        return record["language"], _value(name, record, "code")
+    path = _value(name, record, "path") or ""
+    language = next((one for one, endings in _LANGUAGES.items() if path.endswith(endings)), None)
+    return language, _value(name, record, "content")
 
 
 def _europarl(read: Reader, name: str, train: int, test: int, seed: int) -> Splits:

@@ -108,6 +108,11 @@ def open_or_harvest(key: dict[str, Any], produce: Callable[[], Iterable[Chunk]],
     return store
 
 
+def too_short(total: int, tokens: int) -> UserError:
+    """What is said of a text that has fewer content tokens than were asked for."""
+    return UserError(f"the text ends after {total} content tokens; {tokens} were asked for: give more or ask less")
+
+
 def _find(folder: Path, key: dict[str, Any]) -> ActivationStore | None:
     """The store in `folder`; None where there is none, or one that is damaged or of another key."""
     if not (folder / MANIFEST).is_file():
@@ -207,7 +212,7 @@ def _write(folder: Path, key: dict[str, Any], chunks: Iterable[Chunk], tokens: i
     if total == 0:
         raise UserError("the text has no content token: it is empty, or holds special tokens only; give other text")
     if tokens is not None and total < tokens:
-        raise UserError(f"the text ends after {total} content tokens; {tokens} were asked for: give more or ask less")
+        raise too_short(total, tokens)
     if filled:
         flush()
     write_json(folder / MANIFEST, {"format": FORMAT, "key": key, "tokens": total, "shards": shards})

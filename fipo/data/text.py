@@ -8,7 +8,7 @@ is imported here alone. No dataset script is ever run.
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +32,42 @@ class TextSource:
     """A fresh pass over the texts."""
 
 
+def pinned(text: Text) -> Text:
+    """The text with the revision that it is read at: the newest one of a hub dataset of which none is named."""
+    if text.source == sae_probes.SOURCE or os.path.exists(text.source):
+        return text
+    if text.source.startswith((".", "/", "~")):
+        raise UserError(f"text source {text.source} does not exist; expected a folder or file of parquet, jsonl or txt")
+    return text if text.revision else replace(text, revision=newest_revision(text.source))
+
+
 def open_text(text: Text) -> TextSource:
     """The text that a workload names."""
     if text.source == sae_probes.SOURCE:
         return TextSource(sae_probes.fingerprint(), sae_probes.training_texts)
     path = Path(text.source)
     if os.path.exists(path):
-        fingerprint = sha256_json([_hash_path(path), text.split, text.field])
-        return TextSource(fingerprint, lambda: _column(lambda: load_local(path, text.split), text, ()))
-    if text.source.startswith((".", "/", "~")):
-        raise UserError(f"text source {text.source} does not exist; expected a folder or file of parquet, jsonl or txt")
-    revision = text.revision or newest_revision(text.source)
+        fingerprint = sha256_json([_hash_path(path), text.config, text.split, text.field])
+        return TextSource(fingerprint, lambda: _column(lambda: load_local(path, text.split, text.config), text, ()))
+    text = pinned(text)
     return TextSource(
-        f"{text.source}@{revision}/{text.split}/{text.field}",
-        lambda: _column(lambda: load_hub(text.source, text.split, revision), text, PAUSES),
+        f"{text.source}@{text.revision}/{text.config}/{text.split}/{text.field}",
+        lambda: _column(lambda: load_hub(text.source, text.split, text.revision, text.config), text, PAUSES),
     )
 
 
-def load_local(path: Path, split: str) -> Any:
+def load_local(path: Path, split: str, config: str | None = None) -> Any:
     """A local folder in the hub's layout, or one file, as a stream of records."""
     import datasets
 
     builders = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
+    kind = Path(path.stem).suffix if path.suffix in (".zst", ".gz", ".xz", ".bz2") else path.suffix
     try:
         if path.is_dir():
-            return datasets.load_dataset(str(path), split=split, streaming=True)
-        if path.suffix not in builders:
-            raise UserError(f"text source {path} is no {', '.join(builders)} file")
-        return datasets.load_dataset(builders[path.suffix], data_files=str(path), split="train", streaming=True)
+            return datasets.load_dataset(str(path), config, split=split, streaming=True)
+        if kind not in builders:
+            raise UserError(f"text source {path} is no {', '.join(builders)} file, compressed or not")
+        return datasets.load_dataset(builders[kind], data_files=str(path), split="train", streaming=True)
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds for what is one thing to the user
@@ -78,8 +86,8 @@ def load_hub(
         )
     except Exception as error:
         raise UserError(
-            f"dataset {name}, split {split}, cannot be read ({type(error).__name__}); check the name, the network "
-            "and HF_TOKEN if it is gated, or give a local folder"
+            f"dataset {data_files or name}, split {split}, cannot be read ({type(error).__name__}: {error}); check the "
+            "name, text.config where it has several, the network and HF_TOKEN if it is gated, or give a local folder"
         ) from error
 
 
