@@ -44,7 +44,7 @@ def resolve(out_dir: Path, experiments: Path) -> RunConfig:
     if not isinstance(overrides, dict):
         overrides = {"name": overrides}
     name = str(overrides.get("name") or os.environ.get("FIPO_WORKLOAD") or "minilm")
-    whole = REQUIRED <= overrides.keys()  # as saved: it may come from a file now gone
+    whole = overrides.keys() >= REQUIRED  # as saved: it may come from a file now gone
     values |= {"run": run, "workload": overrides if whole else merge(to_dict(find_workload(name)), overrides)}
     return from_dict(RunConfig, values)
 

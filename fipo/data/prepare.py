@@ -49,7 +49,9 @@ def training_activations(text: Text, lm: LanguageModel) -> tuple[ActivationStore
     if not text.cached:
         return store, LiveSource(trained, store.folder.name)
     key |= {"rows": "next", "held_out": held, "tokens": tokens}
-    return store, StoredSource(open_or_harvest(key, lambda: _with_progress("harvest", trained(0), tokens), tokens))
+    size = len(lm.layers) * lm.width * lm.dtype.itemsize
+    harvested = open_or_harvest(key, lambda: _with_progress("harvest", trained(0), tokens), tokens, size)
+    return store, StoredSource(harvested)
 
 
 def probe_key(data: LabelledText, lm: LanguageModel) -> dict[str, Any]:

@@ -7,6 +7,7 @@ SHA-256; a damaged store is dropped and harvested again. Shapes: N tokens, L lay
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,13 @@ class ActivationStore:
             yield Chunk(acts_NLD, text_N[start : start + size])
 
 
-def open_or_harvest(key: dict[str, Any], produce: Callable[[], Iterable[Chunk]], tokens: int | None) -> ActivationStore:
+def open_or_harvest(
+    key: dict[str, Any], produce: Callable[[], Iterable[Chunk]], tokens: int | None, token_bytes: int = 0
+) -> ActivationStore:
     """The store of this key, made by `produce` where there is none (or a damaged one).
 
-    `tokens`: how many to keep, or None for all that come.
+    `tokens`: how many to keep, or None for all that come; `token_bytes`: the size of one, by which `UserError` where
+    the disk has no room for all, before anything is harvested.
     """
     folder = cache_root() / sha256_json({"format": FORMAT, **key})[:32]
     if (store := _find(folder, key)) is not None:
@@ -102,10 +106,20 @@ def open_or_harvest(key: dict[str, Any], produce: Callable[[], Iterable[Chunk]],
     with locked(_lock(folder), wait=True):
         if (store := _find(folder, key)) is None:  # else another process has made it meanwhile
             _clear_stale(folder)
+            _check_room(folder.parent, (tokens or 0) * token_bytes)
             with replacing_folder(folder) as temporary:
                 _write(temporary, key, produce(), tokens)
             store = ActivationStore(folder, hashes=False)  # they were taken of what had just been written
     return store
+
+
+def _check_room(root: Path, needed: int) -> None:
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise UserError(
+            f"the activations take {needed / 1e9:.1f} GB, and the disk of {root} has {free / 1e9:.1f} GB free; name "
+            "another folder in FIPO_CACHE, lower text.tokens, or set text.cached to false, which keeps none"
+        )
 
 
 def too_short(total: int, tokens: int) -> UserError:
