@@ -103,7 +103,7 @@ class Workload:
     latents: int
     """F, the dictionary size."""
     k: int
-    """Active latents a token for topk and batchtopk."""
+    """Active latents a token for topk and batchtopk (there a few more: whatever ties with the last of a batch)."""
     sparsity_penalty: float
     """λ_s of relu (L1) and jumprelu (L0), on inputs of mean squared norm D and a loss averaged over D."""
     learning_rate: float = 3e-4

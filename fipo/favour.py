@@ -2,11 +2,11 @@
 
     favour_F = (σ_F / σ̄)^p · (1 + σ_F / σ̄)^q        σ̄ = mean σ;  the codes kept are the k·B largest a_F · favour_F
 
-The value of a code tells less than all about whether its feature is there. Where the budget is short, latents of little
+A code's value alone does not tell whether its feature is present. Where the budget is short, latents of little
 importance would hardly ever be chosen, and not learn: p < 0, as in a competition with a conscience (DeSieno 1988).
-Where it is spare, the last codes kept are false positives, and of an important (frequent, strong) latent fewer are, as
-the prior odds of a feature shift the threshold of a detector: q > 0, which sets the few important latents apart from
-all others and hardly those from one another. Values of codes are as they were. Shapes: F latents.
+Where it is ample, the last codes kept are mostly false positives, fewer of them of important (frequent, strong)
+latents, as the prior odds of a feature shift the threshold of a detector: q > 0 sets the few important latents apart
+from all others, and hardly those from one another. Codes keep their values. Shapes: F latents.
 """
 
 from collections.abc import Sequence

@@ -88,6 +88,10 @@ class ImportanceEMA:
         """σ_F, bias-corrected; zeros before the first commit."""
         return self.mean_F / self.weight.float().clamp_min(1e-30)
 
+    def dead(self, tokens: int) -> Tensor:
+        """Which latents have been silent for at least so many tokens, [F]."""
+        return self.silent_tokens_F >= tokens
+
     def state_dict(self) -> dict[str, Tensor]:
         """State between steps (nothing collected is pending there)."""
         return {"mean_F": self.mean_F, "weight": self.weight, "silent_tokens_F": self.silent_tokens_F}

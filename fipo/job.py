@@ -174,7 +174,7 @@ def measure(state: TrainState, held_out: ActivationStore, place: int) -> dict[st
         "held_out_fvu": held.fvu,
         "held_out_l0": held.l0,
         "held_out_tokens": held.tokens,
-        "dead_share": (state.importance.silent_tokens_F >= state.config.workload.dead_tokens).double().mean().item(),
+        "dead_share": state.importance.dead(state.config.workload.dead_tokens).double().mean().item(),
         "mean_max_cosine": max_cosines(state.sae.dec_FD).mean().item(),
     }
 

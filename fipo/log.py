@@ -37,7 +37,7 @@ def log_line(state: TrainState, step: StepReport, layer: int, tokens_per_second:
         **{name: term.item() for name, term in step.terms._asdict().items()},
         "fvu": step.fvu,
         "l0": step.l0,
-        "dead_share": (state.importance.silent_tokens_F >= workload.dead_tokens).double().mean().item(),
+        "dead_share": state.importance.dead(workload.dead_tokens).double().mean().item(),
         "sigma_quantiles": state.importance.values().quantile(quantiles).tolist(),
         "mean_max_cosine": cosines_N.mean().item(),
         "max_cosine_histogram": torch.histc(cosines_N.clamp(0, 1), HISTOGRAM_BINS, min=0, max=1).int().tolist(),

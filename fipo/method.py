@@ -94,7 +94,7 @@ class Penalty:
     """λ_o."""
     every: int = 5
     """Ω is a term of every n-th step alone, with n times its weight (lazy regularisation, Karras et al. 2020, arXiv
-    1912.04958, appendix B): directions change slowly."""
+    1912.04958, appendix B; unlike there, Adam's settings stay as they are): directions change slowly."""
     estimator: Literal["max", "sum", "unbiased"] = "max"
     """Over a latent's candidates: the worst one, all of them, or all weighted by one over their collision chance."""
     yields: Literal["less_important", "both"] = "less_important"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fipo.errors import UserError
 from fipo.sae import SAE
@@ -65,7 +66,7 @@ def quality(sae: SAE, batches: Iterable[Tensor]) -> Quality:
 @torch.no_grad()
 def max_cosines(dec_FD: Tensor, rows: int = 4096, chunk: int = 1024) -> Tensor:
     """The largest cosine of a latent with another one, [N]; for at most `rows` latents, evenly spaced, against all."""
-    unit_FD = dec_FD / dec_FD.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    unit_FD = normalize(dec_FD, dim=1)
     latents = unit_FD.shape[0]
     if latents < 2:
         return torch.zeros(latents, device=dec_FD.device)

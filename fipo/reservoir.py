@@ -23,7 +23,8 @@ EMPTY = -math.inf
 
 
 class PriorityReservoir:
-    """R items of a stream, drawn without replacement with probability in proportion to weight.
+    """R items of a stream, drawn without replacement: one after another, each with a probability in proportion to its
+    weight among those left (A-Res).
 
     Used for the activation reservoir: tokens weighted by reconstruction error, from which dead latents are revived.
     """

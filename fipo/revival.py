@@ -8,6 +8,7 @@ resampling"), with the reservoir in place of one batch. Shapes: B tokens, D mode
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fipo.adam import Adam
 from fipo.sae import SAE
@@ -20,7 +21,7 @@ def revive(sae: SAE, optimizer: Adam, dead_F: Tensor, candidates_RD: Tensor, enc
     if latents.numel() == 0:
         return latents
     inputs_ND = candidates_RD[: latents.shape[0]]
-    unit_ND = inputs_ND / inputs_ND.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    unit_ND = normalize(inputs_ND, dim=1)
     live_F = ~dead_F
     norm = sae.enc_FD[live_F].norm(dim=1).mean() if live_F.any() else sae.enc_FD.norm(dim=1).mean()
     sae.dec_FD[latents] = unit_ND

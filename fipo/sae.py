@@ -4,10 +4,9 @@
     a = act(x encᵀ + enc_bias)            codes, non-negative and sparse
     x̂ = a dec + dec_bias                  decoder rows are the dictionary, of unit norm
 
-Shapes: B tokens, D width of the model activation, F latents. The decoder's unit norm is a choice of gauge: the loss
-weighs codes by ‖dec_F‖, so scaling a decoder row and its encoder row against each other changes nothing; we fix the
-scale at 1 after every step. There is no `x - dec_bias` before the encoder (mean-centring does that work, and it would
-cost a matrix product in the backward pass).
+Shapes: B tokens, D width of the model activation, F latents. Decoder rows have unit norm after every step, so that a
+code is the length of what its latent adds, and codes of different latents can be compared. There is no `x - dec_bias`
+before the encoder (mean-centring does that work, and it would cost a matrix product in the backward pass).
 """
 
 import torch

@@ -101,7 +101,7 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
 
 
 def plan_of(state: TrainState, batch: int) -> Plan:
-    """Of the state's next step, on so many tokens."""
+    """The plan of the state's next step, on a batch of so many tokens."""
     config, step = state.config, state.step
     return Plan(
         k=active_latents(config, step),
@@ -112,21 +112,22 @@ def plan_of(state: TrainState, batch: int) -> Plan:
 
 
 def numbers_of(state: TrainState) -> Numbers:
-    """Of the state's next step."""
+    """Where the state's next step is in its schedules."""
     config, step = state.config, state.step
     schedules = learning_rate, penalty_share, order_share, stop_gradient
     return Numbers(*(schedule(config, step) for schedule in schedules))
 
 
 def dead_places(state: TrainState, batch: int) -> int:
-    """As many as latents are dead. A GPU is asked when it is waited for anyhow, and then for a power of two that holds
-    all that can be dead before it is asked again: more places than latents change nothing, and few steps differ."""
-    silent_F, most = state.importance.silent_tokens_F, state.config.workload.dead_tokens
-    if silent_F.device.type == "cpu":
-        return int((silent_F >= most).sum())
+    """Places that the auxiliary loss has. On a CPU: as many as latents are dead. On a GPU: a power of two that holds
+    all that can be dead before it is asked again, asked only when the GPU is waited for anyhow. Places too many change
+    nothing, and so few different numbers mean few recordings."""
+    importance, most = state.importance, state.config.workload.dead_tokens
+    if importance.silent_tokens_F.device.type == "cpu":
+        return int(importance.dead(most).sum())
     if state.step % UNCHECKED == 0:
-        soon = int((silent_F >= most - UNCHECKED * batch).sum())
-        state.dead_places = min(len(silent_F), 2 ** (soon - 1).bit_length()) if soon else 0
+        soon = int(importance.dead(most - UNCHECKED * batch).sum())
+        state.dead_places = min(state.sae.latents, 2 ** (soon - 1).bit_length()) if soon else 0
     return state.dead_places
 
 
@@ -158,7 +159,7 @@ def padded(state: TrainState) -> Tensor:
 
 
 def compute(state: TrainState, plan: Plan, numbers: Numbers, acts_BD: Tensor, pairs_P2: Tensor) -> StepReport:
-    """What a step does at the device: loss, gradient, update, and what the state learns from the batch."""
+    """What a step does on the device: loss, gradient, update, and what the state learns from the batch."""
     config, sae = state.config, state.sae
     sae.train()
     x_BD = sae.standardise(acts_BD)
@@ -283,6 +284,6 @@ def revive_dead(state: TrainState) -> None:
     late = state.step >= 0.8 * config.workload.steps or decoder_only(config, state.step)
     if late or (state.step + 1) % settings.revive_every:
         return
-    dead_F = state.importance.silent_tokens_F >= config.workload.dead_tokens
+    dead_F = state.importance.dead(config.workload.dead_tokens)
     revived = revive(state.sae, state.optimizer, dead_F, state.reservoir.contents(), settings.encoder_scale)
     state.importance.silent_tokens_F[revived] = 0

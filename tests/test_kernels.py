@@ -192,7 +192,7 @@ def test_steps_by_kernels_are_steps_without(name, autocast, by_kernels):
 
 @pytest.mark.parametrize("name", ["run_6", "topk"])
 def test_what_a_recording_is_given_makes_no_difference(name):
-    """Pairs that are filled up, and the schedules' numbers as tensors: the same step, bit by bit."""
+    """Pairs that are filled up, and the schedules' numbers as tensors: the same step, to rounding."""
     config = toys.run_config(name)
     if config.lsh is not None:
         config = replace(config, lsh=replace(config.lsh, partners=2))
