@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 PARITY_VENV := .venv-parity
 BENCH_VENV := .venv-bench
-OUT ?= run_1
+OUT ?= run_6
 PARITY ?=
 
 .PHONY: setup run test check parity torture torture-saelens fuzz bench-env results clean

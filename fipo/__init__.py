@@ -15,7 +15,7 @@ from fipo.config import RunConfig, Workload  # noqa: E402
 from fipo.errors import UserError  # noqa: E402
 from fipo.export import load_sae, save_sae  # noqa: E402
 from fipo.importance import ImportanceEMA  # noqa: E402
-from fipo.reservoir import BucketQueues, PriorityReservoir  # noqa: E402
+from fipo.reservoir import PriorityReservoir  # noqa: E402
 from fipo.sae import SAE  # noqa: E402
 from fipo.state import TrainState, build_state  # noqa: E402
 from fipo.train import train_step  # noqa: E402
@@ -23,7 +23,6 @@ from fipo.train import train_step  # noqa: E402
 __all__ = [
     "SAE",
     "BatchTopK",
-    "BucketQueues",
     "ImportanceEMA",
     "JumpReLU",
     "PriorityReservoir",

@@ -54,7 +54,14 @@ def fold(sae: SAE) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
 
 
 def save_sae(
-    folder: Path | str, sae: SAE, *, model: str, layer: int, context: int, dataset: str, beside: dict[str, Tensor]
+    folder: Path | str,
+    sae: SAE,
+    *,
+    model: str,
+    layer: int,
+    context: int,
+    dataset: str,
+    beside: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write the SAE and, in `fipo_statistics.safetensors`, the tensors `beside`; returns the content of cfg.json."""
     folder = Path(folder)
@@ -87,7 +94,7 @@ def save_sae(
         },
     }
     save_tensors(folder / "sae_weights.safetensors", tensors)
-    save_tensors(folder / "fipo_statistics.safetensors", beside)
+    save_tensors(folder / "fipo_statistics.safetensors", beside or {})
     write_json(folder / "cfg.json", config)
     return config
 
