@@ -141,14 +141,14 @@ def times(results: Sequence[Result]) -> list[str]:
 
 
 def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int) -> dict[str, Interval]:
-    """`all` and every dataset -> difference of accuracies over the seeds that both runs have. Seeds that answered the
-    same texts are drawn together: a text is no surer for being asked of more of them."""
+    """`all` and every dataset -> difference of accuracies over the seeds that both runs have, of answers to the same
+    texts. Seeds that answered the same texts are drawn together: a text is no surer for being asked of more of them."""
     found: dict[str, list[Answers]] = {}
-    taken: set[tuple[str, int, str]] = set()
+    taken: set[tuple[Any, ...]] = set()
     of_run = {run: [r for r in results if (r.run, r.layer) == (run, layer)] for run in (base, other)}
     for result, partner in itertools.product(of_run[other], of_run[base]):
-        workload, seed = result.record["workload"], result.seed
-        if (workload, seed) != (partner.record["workload"], partner.seed):
+        measured = (result.suite.workload, result.suite.settings, result.seed)
+        if measured != (partner.suite.workload, partner.suite.settings, partner.seed):
             continue
         if not (result.outcomes.is_file() and partner.outcomes.is_file()):
             continue
@@ -156,8 +156,9 @@ def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int
         for name in [key.removesuffix("/rows_TM") for key in ours if key.endswith("/rows_TM")]:
             key = f"{name}/sae_top_{k}/right_TM"
             same = f"{name}/rows_TM" in theirs and ours[f"{name}/rows_TM"].equal(theirs[f"{name}/rows_TM"])
-            if same and key in ours and key in theirs and (workload, seed, name) not in taken:
-                taken.add((workload, seed, name))
+            same = same and result.texts.get(name) == partner.texts.get(name)
+            if same and key in ours and key in theirs and (*measured, name) not in taken:
+                taken.add((*measured, name))
                 _check_answers(result.outcomes, ours, name, key)
                 _check_answers(partner.outcomes, theirs, name, key)
                 values_TM = ours[key].double() - theirs[key].double()
@@ -178,9 +179,9 @@ def _check_answers(file: Path, tensors: dict[str, Tensor], name: str, key: str) 
 
 
 def _by_training(results: Sequence[Result], base: str, other: str, k: int) -> list[float]:
-    """Difference of the suites' accuracies for every seed and layer that both runs have on the same datasets."""
+    """Difference of the suites' accuracies for every seed and layer that both runs have on the same texts."""
     metric = f"sae_top_{k}_test_accuracy"
-    scores = {(r.run, *r.suite, r.seed, r.layer): overall_metrics(r.record)[metric] for r in results}
+    scores = {(r.run, r.suite, *r.texts.items(), r.seed, r.layer): overall_metrics(r.record)[metric] for r in results}
     pairs = [(score, scores.get((base, *which))) for (run, *which), score in scores.items() if run == other]
     return [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
 

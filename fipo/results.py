@@ -142,6 +142,17 @@ def _check_accuracies(file: Path, path: str, record: dict[str, Any]) -> None:
                 raise UserError(f"{file}: {path}eval_result_{place} lacks {key}")
     if "eval_result_controls" in record:
         _check_controls(file, path, record)
+    _check_protocol(file, path, record)
+
+
+def _check_protocol(file: Path, path: str, record: dict[str, Any]) -> None:
+    """How it was probed and on which texts, where it tells: older results do not."""
+    if "eval_result_protocol" in record:
+        protocol = dict.fromkeys(("rng", "pooling"), str)
+        _check(file, f"{path}eval_result_protocol", record["eval_result_protocol"], protocol)
+    if "eval_result_datasets" in record:
+        described = dict.fromkeys(("dataset_name", "selected_texts_sha256"), str)
+        _check(file, f"{path}eval_result_datasets", record["eval_result_datasets"], [described])
 
 
 def _check_controls(file: Path, path: str, record: dict[str, Any]) -> None:

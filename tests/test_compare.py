@@ -9,6 +9,7 @@ import torch
 from fipo.checkpoint import save_tensors
 from fipo.compare import pareto_points, report
 from fipo.errors import UserError
+from fipo.yamlfile import write_yaml
 
 EVALUATED = {"dataset_names": ["a"], "k_values": [1]}
 
@@ -262,3 +263,69 @@ def test_runs_of_other_layers_are_not_timed_against_each_other(tmp_path):
     info["layers"]["5"] = {**info["layers"]["3"], "layer": 5}
     (folders[1] / "final_info.json").write_text(json.dumps(info))
     assert "| ratio |" not in report(folders)
+
+
+def measured(folder, texts=None, protocol=None, **asked):
+    """The run in `folder`, whose result says how and on which texts (dataset -> SHA-256) it was scored."""
+    info = json.loads((folder / "final_info.json").read_text())
+    for layer in info["layers"].values():
+        layer["eval_config"] = {**layer["eval_config"], **asked}
+        layer["eval_result_protocol"] = protocol or {"rng": "fipo", "pooling": "float32"}
+        layer["eval_result_datasets"] = [
+            {"dataset_name": name, "selected_texts_sha256": sha} for name, sha in (texts or {"a": "0" * 64}).items()
+        ]
+    (folder / "final_info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"probe_test_set_size": 80}, ["; test texts 60", "; test texts 80"]),
+        ({"context_length": 64}, ["; context 128", "; context 64"]),
+        ({"model_name": "gpt"}, ["; model bert", "; model gpt"]),
+        ({"protocol": {"rng": "saebench", "pooling": "float32"}}, ["; rng fipo", "; rng saebench"]),
+        ({"protocol": {"rng": "fipo", "pooling": "bfloat16"}}, ["; pooling bfloat16", "; pooling float32"]),
+    ],
+)
+def test_what_was_measured_in_another_way_is_no_seed_and_no_pair(tmp_path, change, names):
+    usual = {"probe_test_set_size": 60, "context_length": 128, "model_name": "bert"}
+    runs = (("first", "run_6", 1), ("second", "run_6", 2), ("other", "run_8", 2))
+    folders = [measured(finished(tmp_path / name, run, seed, 0.3), **usual) for name, run, seed in runs]
+    for folder in folders:
+        answered(folder, torch.arange(4).repeat(2, 1) < 2, name="a")
+    assert "| minilm | run_6 | 3 | 0.300 ± 0.000" in report(folders) and "| run_8 - run_6 | 3 |" in report(folders)
+    measured(folders[1], **(usual | change))
+    text = report(folders)
+    assert {line.split(" | ")[0].removeprefix("| minilm") for line in text.splitlines() if "| minilm" in line} == (
+        set(names)
+    )
+    assert "±" not in text.partition("Mean")[0] and "| run_8 - run_6 |" not in text
+    assert {point.panel.split(", ")[1].removeprefix("minilm") for point in pareto_points(folders)} == set(names)
+
+
+def test_only_answers_to_the_same_texts_are_paired(tmp_path):
+    """Of rows of the same numbers: the texts behind them may be others."""
+    folders = []
+    for run, draw in (("run_8", 1), ("run_6", 2)):
+        for seed in (1, 2):
+            folder = measured(finished(tmp_path / f"{run}{seed}", run, seed, 0.3), random_seed=seed)
+            folders.append(answered(folder, torch.arange(4).repeat(2, 1) < draw, name="a"))
+    assert "| run_6 - run_8 | all | all, over 2 trainings |" in report(folders)
+    for folder, seed in zip(folders[2:], (3, 4), strict=True):
+        measured(folder, {"a": "1" * 64}, random_seed=seed)
+    assert "| run_6 - run_8 |" not in report(folders)
+
+
+def test_one_name_for_two_datasets_is_refused(tmp_path):
+    folders = [measured(finished(tmp_path / run, run, 1, 0.3), random_seed=1) for run in ("run_8", "run_6")]
+    measured(folders[1], {"a": "f" * 64}, random_seed=1)
+    with pytest.raises(UserError, match=r"scored on other texts of a \(.* ffffffff and 00000000\); compare them apart"):
+        report(folders)
+
+
+def test_how_an_old_run_was_probed_is_in_its_config(tmp_path):
+    folders = [finished(tmp_path / name, "run_6", seed, 0.3) for seed, name in enumerate(("a", "b"))]
+    for folder, rng in zip(folders, ("fipo", "saebench"), strict=True):
+        write_yaml(folder / "config.yaml", {"run": "run_6", "workload": {"probing": {"rng": rng, "cached": rng == ""}}})
+    assert "| minilm; rng fipo | run_6 |" in report(folders) and "| minilm; rng saebench | run_6 |" in report(folders)

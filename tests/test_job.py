@@ -36,8 +36,8 @@ FINAL_KEYS = (
     "held_out_tokens "
     "dead_share mean_max_cosine eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics "
     "eval_result_details sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict "
-    "eval_result_unstructured eval_result_datasets eval_result_controls eval_result_statistics run workload seed "
-    "importance_half_life_tokens git_revision versions hardware layers"
+    "eval_result_unstructured eval_result_protocol eval_result_datasets eval_result_controls eval_result_statistics "
+    "run workload seed importance_half_life_tokens git_revision versions hardware layers"
 )
 LOG_KEYS = (
     "step tokens layer loss reconstruction sparsity auxiliary orthogonality fvu l0 dead_share sigma_quantiles "

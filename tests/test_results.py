@@ -103,6 +103,20 @@ def test_controls_are_whole_where_there_are_any(tmp_path, change, text):
         read_result(write(tmp_path, record))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("eval_result_protocol", {"rng": 3}, "eval_result_protocol.rng is 3; expected str"),
+        ("eval_result_datasets", [{"dataset_name": "a"}], r"eval_result_datasets\[0\].selected_texts_sha256 is None"),
+    ],
+)
+def test_how_it_was_probed_is_whole_where_it_is_told(tmp_path, key, value, text):
+    record = copy.deepcopy(RECORD)
+    record["layers"]["3"][key] = value
+    with pytest.raises(UserError, match=text):
+        read_result(write(tmp_path, record))
+
+
 def test_sparsity_is_a_number(tmp_path):
     record = copy.deepcopy(RECORD)
     record["layers"]["3"] |= {"k": None, "sparsity_penalty": None}
