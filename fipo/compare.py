@@ -19,7 +19,7 @@ from torch import Tensor
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
 from fipo.finished import Result, read_all
-from fipo.names import suite_names
+from fipo.names import suite_names, with_sparsity
 from fipo.pareto import Point
 from fipo.randomness import generator_for
 from fipo.saebench import overall_metrics
@@ -73,12 +73,8 @@ def pareto_points(folders: Sequence[Path]) -> list[Point]:
 
 
 def _by_sparsity(results: Sequence[Result]) -> list[Result]:
-    """Where runs of one name differ in sparsity, its setting becomes part of the name."""
-    settings: dict[str, set[str]] = {}
-    for result in results:
-        settings.setdefault(result.run, set()).update({result.setting} - {""})
-    several = {run for run, of in settings.items() if len(of) > 1}
-    return [r._replace(run=f"{r.run}, {r.setting}") if r.run in several and r.setting else r for r in results]
+    names = with_sparsity([result.run for result in results], [result.setting for result in results])
+    return [result._replace(run=name) for result, name in zip(results, names, strict=True)]
 
 
 def table(results: Sequence[Result]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fipo.errors import UserError
-from fipo.names import SPARSITY, Suite, additions, flat, suite_of
+from fipo.names import Suite, flat, sparsity_of, suite_of, told_apart
 from fipo.report import OUTCOMES
 from fipo.results import FINAL, OUTCOMES_SUFFIX, RESULT_SUFFIX, read_probe_result, read_result, read_runtime
 from fipo.yamlfile import read_yaml
@@ -25,7 +25,7 @@ class Result(NamedTuple):
     suite: Suite
     """On what it was scored, and how."""
     config: dict[str, str]
-    """The flat config of the run (fipo.names), empty where the folder holds none."""
+    """The flat config of the run (fipo.names), empty where the folder or result holds none."""
     runtime: dict[str, Any]
     """What its `runtime.json` says of the run, whose `layers` stand beside it; empty where there is none."""
 
@@ -83,7 +83,9 @@ def _of_probe(file: Path) -> Result:
     record, beside = {**read_probe_result(file), "workload": "-"}, file.name.removesuffix(RESULT_SUFFIX)
     sae, outcomes = record["sae"], file.parent / f"{beside}{OUTCOMES_SUFFIX}"
     run, seed = sae.get("run") or sae["name"], sae.get("seed") or 0
-    return Result(run, "", seed, sae["layer"], record, outcomes, _origin(record), suite_of(record, {}), {}, {})
+    config, suite = sae["config"], suite_of(record, {})
+    setting = sparsity_of(config)
+    return Result(run, setting, seed, sae["layer"], record, outcomes, _origin(record), suite, config, {})
 
 
 def _probing(config: dict[str, Any]) -> dict[str, Any]:
@@ -127,11 +129,8 @@ def _setting(record: dict[str, Any]) -> str:
 
 
 def _by_config(results: Sequence[Result]) -> list[Result]:
-    added = {
-        run: iter(additions([result.config for result in results if result.run == run], without=SPARSITY))
-        for run in {result.run for result in results}
-    }
-    return [r._replace(run=f"{r.run}, {more}" if (more := next(added[r.run])) else r.run) for r in results]
+    names = told_apart([result.run for result in results], [result.config for result in results])
+    return [result._replace(run=name) for result, name in zip(results, names, strict=True)]
 
 
 def _origin(info: dict[str, Any]) -> str:

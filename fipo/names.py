@@ -7,6 +7,8 @@ name, a run's own values are added to its name, such as `run_8, penalty.kind ort
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from fipo.config import BUDGETED
+
 NOT_COMPARED = {"run", "seed", "workload.layers", "log_every", "checkpoint_every", "checkpoint_share"}
 NOT_COMPARED |= {"workload.probing"}
 """What a row of the table or its suite says already, or what does not touch the result."""
@@ -67,6 +69,32 @@ def additions(configs: Sequence[Mapping[str, str]], without: set[str]) -> list[s
     short = [", ".join(values[:SHOWN]) for values in own]
     enough = len(set(short)) == len({tuple(values) for values in own})
     return short if enough else [", ".join(values) for values in own]
+
+
+def told_apart(runs: Sequence[str], configs: Sequence[Mapping[str, str]]) -> list[str]:
+    """The names of runs, with what the flat configs of one name differ in beside sparsity."""
+    added = {
+        run: iter(additions([config for of, config in zip(runs, configs, strict=True) if of == run], without=SPARSITY))
+        for run in set(runs)
+    }
+    return [f"{run}, {more}" if (more := next(added[run])) else run for run in runs]
+
+
+def with_sparsity(runs: Sequence[str], settings: Sequence[str]) -> list[str]:
+    """The names of runs, with the setting of sparsity where those of one name have several."""
+    found: dict[str, set[str]] = {}
+    for run, setting in zip(runs, settings, strict=True):
+        found.setdefault(run, set()).update({setting} - {""})
+    several = {run for run, of in found.items() if len(of) > 1}
+    return [f"{run}, {one}" if run in several and one else run for run, one in zip(runs, settings, strict=True)]
+
+
+def sparsity_of(config: Mapping[str, str]) -> str:
+    """What a flat config sets the sparsity by: `k 32`, or `λ 0.01`; empty where it does not say."""
+    if "architecture" not in config:
+        return ""
+    sign, key = ("k", "workload.k") if config["architecture"] in BUDGETED else ("λ", "workload.sparsity_penalty")
+    return f"{sign} {config[key]}" if key in config else ""
 
 
 def suite_names(suites: Iterable[Suite]) -> dict[Suite, str]:

@@ -115,10 +115,12 @@ def _refused_as(file: Path, what: str) -> Iterator[None]:
 
 
 def _check_trained(file: Path, sae: dict[str, Any]) -> None:
-    """Run and seed are null for an SAE from elsewhere."""
+    """Run and seed are null for an SAE from elsewhere, and its config is empty, as that of an older result."""
     for key, kind in (("run", str), ("seed", int)):
         if sae.get(key) is not None:
             _check(file, f"sae.{key}", sae[key], kind)
+    _check(file, "sae.config", config := sae.setdefault("config", {}), dict)
+    _check(file, "sae.config", config, dict.fromkeys(config, str))
 
 
 def _check_accuracies(file: Path, path: str, record: dict[str, Any]) -> None:

@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fipo.errors import UserError
+from fipo.names import sparsity_of, told_apart, with_sparsity
 from fipo.results import SUITE_METRICS, SUITE_RESULT_SUFFIX, read_suite_result
 
 CONTROLS = {"llm": "channels of the model", "random": "random SAE"}
+
+MEASURED = ("model", "dtype", "context")
+"""What a score depends on beside the SAE and the datasets."""
 
 Scores = dict[str, dict[str, dict[str, dict[str, Any]]]]
 """dataset -> `sae`, `llm` or `random` -> k -> metric -> value"""
@@ -29,6 +33,12 @@ class Result(NamedTuple):
     scores: Scores
     ks: list[int]
     origin: str
+    measured: tuple[Any, ...]
+    """Model, its format and the context; None where an older file does not say."""
+    setting: str
+    """Of sparsity (fipo.names), as far as the file says."""
+    config: dict[str, str]
+    """The flat config of the run it is of, empty where the file holds none."""
 
 
 def holds_suite(folder: Path) -> bool:
@@ -38,7 +48,7 @@ def holds_suite(folder: Path) -> bool:
 
 def suite_report(folders: Sequence[Path]) -> str:
     """The table of all results in `folders`, the differences from the first, and where the numbers come from."""
-    results = [_read(file) for folder in folders for file in sorted(folder.glob(f"*{SUITE_RESULT_SUFFIX}"))]
+    results = _named([_read(file) for folder in folders for file in sorted(folder.glob(f"*{SUITE_RESULT_SUFFIX}"))])
     _refuse_what_differs(results)
     seeds = {run: sorted({one.seed for one in results if one.run == run}) for run in {one.run: None for one in results}}
     told = "; ".join(f"{run}: {', '.join(map(str, of))}" for run, of in seeds.items())
@@ -52,7 +62,16 @@ def _read(file: Path) -> Result:
     record = read_suite_result(file)
     sae, origin = record["sae"], f"git {record['git_revision'][:12]}, {record['hardware']['cpu']}"
     ks = [int(k) for k in record["mean"]["sae"]]
-    return Result(sae.get("run") or sae["name"], sae.get("seed") or 0, sae["layer"], record["results"], ks, origin)
+    run, seed, config = sae.get("run") or sae["name"], sae.get("seed") or 0, sae["config"]
+    measured = tuple(record.get(key) for key in MEASURED)
+    return Result(run, seed, sae["layer"], record["results"], ks, origin, measured, sparsity_of(config), config)
+
+
+def _named(results: Sequence[Result]) -> list[Result]:
+    """Those of one name that are no seeds of one another are told apart."""
+    names = told_apart([one.run for one in results], [one.config for one in results])
+    names = with_sparsity(names, [one.setting for one in results])
+    return [one._replace(run=name) for one, name in zip(results, names, strict=True)]
 
 
 def _refuse_what_differs(results: Sequence[Result]) -> None:
@@ -63,6 +82,9 @@ def _refuse_what_differs(results: Sequence[Result]) -> None:
             raise UserError(f"the result of {which} is given twice; leave one out")
         if (one.ks, one.scores.keys()) != (results[0].ks, results[0].scores.keys()):
             raise UserError(f"the result of {which} has other datasets or k than the first; compare them apart")
+        for key, value, first in zip(MEASURED, one.measured, results[0].measured, strict=True):
+            if value != first and None not in (value, first):
+                raise UserError(f"the result of {which} is at {key} {value}, the first at {first}; compare them apart")
         seen.add(which)
 
 
