@@ -101,13 +101,16 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_OR_RESULT",
         help="run folders, folders of `fipo probe --out`, or (for the picture) results of benchmarks/ground_truth.py",
     )
-    parser.add_argument("--picture", type=Path, help="PNG of explained variance against F1 and top-1")
+    picture = "PNG, PDF or SVG of explained variance against F1 and top-1, by the file's name"
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=picture)
     parser.set_defaults(run=_compare)
 
 
 def _compare(given: argparse.Namespace) -> None:
     from fipo import compare, pareto, suite_table
 
+    if given.picture:
+        pareto.picture_format(given.picture)
     files = [path for path in given.paths if path.suffix == ".json"]
     folders = [path for path in given.paths if path not in files]
     if files and not given.picture:

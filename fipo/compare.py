@@ -19,10 +19,10 @@ from torch import Tensor
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
 from fipo.finished import Result, read_all
-from fipo.names import suite_names, with_sparsity
+from fipo.names import CONTROLS, suite_names, with_sparsity
 from fipo.pareto import Point
 from fipo.randomness import generator_for
-from fipo.saebench import overall_metrics
+from fipo.saebench import metric_name, overall_metrics
 from fipo.uncertainty import Answers, Interval, bootstrap, joined
 
 COLUMNS = {
@@ -66,10 +66,17 @@ def pareto_points(folders: Sequence[Path]) -> list[Point]:
             result.setting,
             1 - result.record["held_out_fvu"],
             overall_metrics(result.record)["sae_top_1_test_accuracy"],
+            _references(result.record, 1),
         )
         for result in results
         if "held_out_fvu" in result.record and overall_metrics(result.record)["sae_top_1_test_accuracy"] is not None
     ]
+
+
+def _references(record: dict[str, Any], k: int) -> tuple[tuple[str, float], ...]:
+    scores = _flat(record)
+    found = {title: scores.get(metric_name(who, k)) for who, title in CONTROLS.items()}
+    return tuple((title, score) for title, score in found.items() if score is not None)
 
 
 def _by_sparsity(results: Sequence[Result]) -> list[Result]:

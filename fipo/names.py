@@ -16,6 +16,8 @@ SPARSITY = {"workload.k", "workload.sparsity_penalty"}
 """What a sweep of sparsity varies."""
 SHOWN = 2
 """Values added to a name, at most, while these are enough."""
+CONTROLS = {"llm": "channels of the model", "pca": "principal components", "random": "random SAE"}
+"""What SAEs are measured against, and how tables and pictures name it."""
 MEASURED_WITH = {
     **{"model_name": "model", "llm_dtype": "dtype", "context_length": "context"},
     **{"probe_train_set_size": "training texts", "probe_test_set_size": "test texts"},

@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fipo.errors import UserError
-from fipo.names import sparsity_of, told_apart, with_sparsity
+from fipo.names import CONTROLS, sparsity_of, told_apart, with_sparsity
 from fipo.results import SUITE_METRICS, SUITE_RESULT_SUFFIX, read_suite_result
-
-CONTROLS = {"llm": "channels of the model", "random": "random SAE"}
 
 MEASURED = ("model", "dtype", "context")
 """What a score depends on beside the SAE and the datasets."""
@@ -90,7 +88,7 @@ def _refuse_what_differs(results: Sequence[Result]) -> None:
 
 def _table(results: Sequence[Result]) -> list[str]:
     rows = {(run, layer, "sae"): group for (run, layer), group in _grouped(results).items()}
-    for who, title in CONTROLS.items():
+    for who, title in ((who, CONTROLS[who]) for who in ("llm", "random")):
         for layer in sorted({one.layer for one in results}):
             rows[title, layer, who] = [one for one in results if one.layer == layer]
     lines = _head(f"{len(results[0].scores)} datasets", results)
