@@ -30,46 +30,42 @@ COLUMNS = {
     "L0": ("held_out_l0", "{:.1f}"),
     "dead": ("dead_share", "{:.2%}"),
     "mean max cosine": ("mean_max_cosine", "{:.3f}"),
-    "SAE top-1": ("sae_top_1_test_accuracy", "{:.3f}"),
-    "LLM top-1": ("llm_top_1_test_accuracy", "{:.3f}"),
-    "PCA top-1": ("pca_top_1_test_accuracy", "{:.3f}"),
-    "random top-1": ("random_top_1_test_accuracy", "{:.3f}"),
-    "SAE top-5": ("sae_top_5_test_accuracy", "{:.3f}"),
-    "LLM top-5": ("llm_top_5_test_accuracy", "{:.3f}"),
-    "PCA top-5": ("pca_top_5_test_accuracy", "{:.3f}"),
-    "random top-5": ("random_top_5_test_accuracy", "{:.3f}"),
 }
-COMPARED_KS = (1, 5)
+PROBED = {"SAE": "sae", "LLM": "llm", "PCA": "pca", "random": "random"}
+SHOWN_KS = (1, 5)
 TIMED = ("harvest", "training")
 
 
 def report(folders: Sequence[Path]) -> str:
     """The table of all runs in `folders`, the differences between them, and where the numbers come from."""
     results = _by_sparsity(read_all(folders))
+    ks = shown_ks(results)
     seeds: dict[str, set[int]] = {}
     for result in results:
         seeds.setdefault(result.run, set()).add(result.seed)
     names = "; ".join(f"{run}: {', '.join(map(str, sorted(of)))}" for run, of in sorted(seeds.items()))
     notes = f"Mean ± standard deviation over seeds ({names}). Made by `fipo compare` from result files of:\n"
     origins = "\n".join(f"- {origin}" for origin in sorted({result.origin for result in results}))
-    return "\n".join([table(results), *differences(results), *times(results), notes, origins]) + "\n"
+    return "\n".join([table(results, ks), *differences(results, ks), *times(results), notes, origins]) + "\n"
 
 
 def pareto_points(folders: Sequence[Path]) -> list[Point]:
-    """Explained variance against top-1 of every run; what lacks one of them, as a `fipo probe` result, is left out."""
+    """Explained variance against top-1 (or the smallest k that is shown) of every run; what lacks one of them, as a
+    `fipo probe` result, is left out."""
     results = read_all(folders)
-    told = suite_names(result.suite for result in results)
+    told, k = suite_names(result.suite for result in results), shown_ks(results)[0]
     return [
         Point(
-            f"top-1 of sparse probing, {told[result.suite]}, layer {result.layer}",
+            f"top-{k} of sparse probing, {told[result.suite]}, layer {result.layer}",
             result.run,
             result.setting,
             1 - result.record["held_out_fvu"],
-            overall_metrics(result.record)["sae_top_1_test_accuracy"],
-            _references(result.record, 1),
+            score,
+            _references(result.record, k),
         )
         for result in results
-        if "held_out_fvu" in result.record and overall_metrics(result.record)["sae_top_1_test_accuracy"] is not None
+        if "held_out_fvu" in result.record
+        and (score := overall_metrics(result.record).get(metric_name("sae", k))) is not None
     ]
 
 
@@ -84,14 +80,27 @@ def _by_sparsity(results: Sequence[Result]) -> list[Result]:
     return [result._replace(run=name) for result, name in zip(results, names, strict=True)]
 
 
-def table(results: Sequence[Result]) -> str:
+def shown_ks(results: Sequence[Result]) -> list[int]:
+    """The k of the probes that are shown: 1 and 5 where any result has them; else the smallest for the one and the
+    largest for the other, of those that all results have."""
+    ks = [set(result.record["eval_config"]["k_values"]) for result in results]
+    some = set.union(*ks)
+    common = set.intersection(*ks) or some
+    ends = zip(SHOWN_KS, (min(common), max(common)), strict=True)
+    return sorted({k if k in some else end for k, end in ends})
+
+
+def table(results: Sequence[Result], ks: Sequence[int]) -> str:
     """One row a workload, run and layer."""
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     told = suite_names(result.suite for result in results)
     for result in results:
         groups.setdefault((told[result.suite], result.run, result.layer), []).append(_flat(result.record))
+    probed = {f"{title} top-{k}": (metric_name(who, k), "{:.3f}") for k in ks for title, who in PROBED.items()}
     shown = {
-        title: column for title, column in COLUMNS.items() if any(column[0] in r for of in groups.values() for r in of)
+        title: column
+        for title, column in (COLUMNS | probed).items()
+        if any(column[0] in r for of in groups.values() for r in of)
     }
     lines = [f"| workload | run | layer | {' | '.join(shown)} |", "|---" * (3 + len(shown)) + "|"]
     for (workload, run, layer), records in sorted(groups.items()):
@@ -100,28 +109,28 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join([*lines, ""])
 
 
-def differences(results: Sequence[Result]) -> list[str]:
+def differences(results: Sequence[Result], ks: Sequence[int]) -> list[str]:
     """Paired differences of every run from the one given first: by layer, and between two runs by dataset as well."""
     runs = list(dict.fromkeys(result.run for result in results))
     base, others = runs[0], runs[1:]
     lines = []
     for other in others:
         for layer in sorted({result.layer for result in results}):
-            rows = {k: _paired(results, base, other, layer, k) for k in COMPARED_KS}
-            names = dict.fromkeys(name for k in COMPARED_KS for name in rows[k])
+            rows = {k: _paired(results, base, other, layer, k) for k in ks}
+            names = dict.fromkeys(name for k in ks for name in rows[k])
             for place, name in enumerate(names):
                 if place == 0 or len(others) == 1:
-                    cells = " | ".join(_shown(rows[k].get(name)) for k in COMPARED_KS)
+                    cells = " | ".join(_shown(rows[k].get(name)) for k in ks)
                     lines.append(f"| {other} - {base} | {layer} | {name} | {cells} |")
-        by_k = {k: _by_training(results, base, other, k) for k in COMPARED_KS}
+        by_k = {k: _by_training(results, base, other, k) for k in ks}
         trainings = max(map(len, by_k.values()))
         if trainings > 1:
-            cells = " | ".join(_over_trainings(by_k[k]) for k in COMPARED_KS)
+            cells = " | ".join(_over_trainings(by_k[k]) for k in ks)
             lines.append(f"| {other} - {base} | all | all, over {trainings} trainings | {cells} |")
     if not lines:
         return []
-    heads = " | ".join(f"SAE top-{k}" for k in COMPARED_KS)
-    return [f"| difference | layer | datasets | {heads} |", "|---" * (3 + len(COMPARED_KS)) + "|", *lines, ""]
+    heads = " | ".join(f"SAE top-{k}" for k in ks)
+    return [f"| difference | layer | datasets | {heads} |", "|---" * (3 + len(ks)) + "|", *lines, ""]
 
 
 def times(results: Sequence[Result]) -> list[str]:
@@ -183,8 +192,8 @@ def _check_answers(file: Path, tensors: dict[str, Tensor], name: str, key: str) 
 
 def _by_training(results: Sequence[Result], base: str, other: str, k: int) -> list[float]:
     """Difference of the suites' accuracies for every seed and layer that both runs have on the same texts."""
-    metric = f"sae_top_{k}_test_accuracy"
-    scores = {(r.run, r.suite, *r.texts.items(), r.seed, r.layer): overall_metrics(r.record)[metric] for r in results}
+    name = metric_name("sae", k)
+    scores = {(r.run, r.suite, *r.texts.items(), r.seed, r.layer): _flat(r.record).get(name) for r in results}
     pairs = [(score, scores.get((base, *which))) for (run, *which), score in scores.items() if run == other]
     return [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
 

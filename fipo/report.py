@@ -12,7 +12,7 @@ from fipo.files import read_json, replacing
 from fipo.log import read_log
 from fipo.progress import say
 from fipo.results import FINAL, read_result
-from fipo.saebench import Setting, metric_name, overall_metrics, sparse_probing_record
+from fipo.saebench import Setting, dataset_metrics, metric_name, overall_metrics, sparse_probing_record
 from fipo.summary import accuracies, extras
 
 OUTCOMES = "probing_outcomes.safetensors"
@@ -189,10 +189,9 @@ def _rows(record: dict[str, Any], tasks: bool) -> list[dict[str, Any]]:
     """Values by metric for every dataset (and class), and their means, each with its name."""
     controls = record["eval_result_controls"]
     rows = []
-    for entry in record["eval_result_details"]:
-        dataset = entry["dataset_name"].removesuffix("_results")
-        rows.append({"name": dataset, **entry, **controls["datasets"][dataset]})
-        by_metric = record["eval_result_unstructured"][entry["dataset_name"]] if tasks else {}
+    for dataset, metrics in dataset_metrics(record).items():
+        rows.append({"name": dataset, **metrics, **controls["datasets"][dataset]})
+        by_metric = record["eval_result_unstructured"][metrics["dataset_name"]] if tasks else {}
         classes = next(iter(by_metric.values()), {})
         rows += [{"name": f"  {label}", **{m: values[label] for m, values in by_metric.items()}} for label in classes]
     return [*rows, {"name": "mean", **overall_metrics(record), **controls["mean"]}]

@@ -1,12 +1,14 @@
 """Result files, read as what others may have written: the record of a run or a probing, or one clear line why not."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fipo.errors import UserError
 from fipo.files import read_json
+from fipo.saebench import OTHER_KS, dataset_metrics, metric_name, overall_metrics
 
 FINAL, RUNTIME = "final_info.json", "runtime.json"
 RESULT_SUFFIX, OUTCOMES_SUFFIX = "_eval_results.json", "_outcomes.safetensors"
@@ -138,13 +140,26 @@ def _check_accuracies(file: Path, path: str, record: dict[str, Any]) -> None:
         for key, value in row.items():
             if key != "dataset_name" and value is not None:
                 _check(file, f"{path}eval_result_{place}.{key}", value, SHARE)
-        wanted = [f"{who}_top_{k}_test_accuracy" for who in ("llm", "sae") for k in record["eval_config"]["k_values"]]
-        for key in wanted:
-            if key.startswith(place[-3:] if place.startswith("metrics") else key) and row.get(key) is None:
-                raise UserError(f"{file}: {path}eval_result_{place} lacks {key}")
+    _check_other_ks(file, path, record)
+    asked = [metric_name(who, k) for k in record["eval_config"]["k_values"] for who in ("llm", "sae")]
+    given = {"metrics": overall_metrics(record)}
+    given |= {f"details of {dataset}": values for dataset, values in dataset_metrics(record).items()}
+    for (place, values), name in itertools.product(given.items(), asked):
+        if values.get(name) is None:
+            raise UserError(f"{file}: {path}eval_result_{place} lacks {name}")
     if "eval_result_controls" in record:
         _check_controls(file, path, record)
     _check_protocol(file, path, record)
+
+
+def _check_other_ks(file: Path, path: str, record: dict[str, Any]) -> None:
+    """Accuracies for k that SAEBench's schema does not have; none where all have a place in it."""
+    if OTHER_KS in record:
+        path = f"{path}{OTHER_KS}"
+        _check(file, path, record[OTHER_KS], {"mean": dict, "datasets": dict})
+        for place, values in {"mean": record[OTHER_KS]["mean"], **record[OTHER_KS]["datasets"]}.items():
+            _check(file, f"{path}.{place}", values, dict)
+            _check(file, f"{path}.{place}", values, dict.fromkeys(values, SHARE))
 
 
 def _check_protocol(file: Path, path: str, record: dict[str, Any]) -> None:

@@ -98,6 +98,15 @@ def test_comparing_results(saved, labelled_folders, capsys):
     assert "run_3: 42; run_9: 42" in "\n".join(lines)
 
 
+def test_a_k_beyond_saebenchs_is_shown_and_compared(saved, labelled_folders, capsys):
+    given = ["probe", str(saved / "other"), "--datasets", *map(str, labelled_folders), *SIZES[2:], "--k", "1,3"]
+    assert main([*given, "--out", str(saved / "out")]) == 0
+    means = [line.split("│") for line in capsys.readouterr().out.splitlines() if "mean  " in line]
+    assert len(means) == 1 and all("-" not in cell for cell in means[0])
+    assert main(["compare", str(saved / "out")]) == 0
+    assert "| SAE top-3 | LLM top-3 | PCA top-3 | random top-3 |" in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("small_suite")
 @pytest.mark.parametrize("suite", [["--suite", "sae-probes", "--k", "1"], None])
 def test_runs_probed_and_compared_are_told_apart_as_runs_are(suite, saved, labelled_folders, capsys):

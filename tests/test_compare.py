@@ -8,7 +8,9 @@ import torch
 
 from fipo.checkpoint import save_tensors
 from fipo.compare import pareto_points, report
+from fipo.config import Probing
 from fipo.errors import UserError
+from fipo.saebench import OTHER_KS, Setting, metric_name, sparse_probing_record
 from fipo.yamlfile import write_yaml
 
 EVALUATED = {"dataset_names": ["a"], "k_values": [1]}
@@ -37,7 +39,7 @@ def test_seeds_of_one_run_become_a_mean_and_a_spread(tmp_path):
     folders = [finished(tmp_path / f"s{seed}", "run_3", seed, fvu) for seed, fvu in ((1, 0.2), (2, 0.3), (3, 0.4))]
     folders.append(finished(tmp_path / "other", "run_0", 1, 0.5))
     lines = report(folders).splitlines()
-    assert lines[2].startswith("| minilm | run_0 | 3 | 0.500 | 32.0 | 1.00% | 0.250 | 0.700 | 0.600 | - |")
+    assert lines[2].startswith("| minilm | run_0 | 3 | 0.500 | 32.0 | 1.00% | 0.250 | 0.700 | 0.600 |")
     assert lines[3].startswith("| minilm | run_3 | 3 | 0.300 ± 0.100 | 32.0 ± 0.0 |")
     assert "run_0: 1; run_3: 1, 2, 3" in report(folders)
 
@@ -58,7 +60,7 @@ def test_the_table_is_markdown_and_three_runs_are_compared_as_a_whole_only(tmp_p
         [" run_3 - run_0 ", " 3 ", " all "],
         [" run_6 - run_0 ", " 3 ", " all "],
     ]
-    assert "+0.300 [" in compared[0] and "+0.500 [" in compared[1] and compared[0].endswith("| - |")
+    assert "+0.300 [" in compared[0] and "+0.500 [" in compared[1]
     both = [line for line in report(folders[:2]).splitlines() if line.startswith("| run_3 - run_0")]
     assert [line.split("|")[3].strip() for line in both] == ["all", "topics"]
 
@@ -90,7 +92,7 @@ def test_over_trainings_the_spread_is_that_of_the_differences(tmp_path):
         for seed, top_1 in enumerate(of)
     ]
     folders.append(finished(tmp_path / "alone", "run_6", 9, 0.3, 0.1))
-    assert "| run_6 - run_8 | all | all, over 3 trainings | +0.020 ± 0.006 | - |" in report(folders)
+    assert "| run_6 - run_8 | all | all, over 3 trainings | +0.020 ± 0.006 |" in report(folders)
     assert "trainings" not in report([folders[0], folders[3]])
 
 
@@ -195,9 +197,53 @@ def test_only_what_was_scored_on_the_same_datasets_is_compared_over_trainings(tm
     assert "trainings" not in report([*base, *[rescored(folder, ["b"], 0.9) for folder in other[:2]]])
 
 
+def probed_at(folder, scores):
+    """The run in `folder`, probed at the k of `scores` (k -> accuracy)."""
+    info = json.loads((folder / "final_info.json").read_text())
+    for layer in info["layers"].values():
+        layer["eval_config"] = {"dataset_names": ["a"], "k_values": list(scores)}
+        by_class = {metric_name(who, k): {"x": score} for who in ("sae", "llm") for k, score in scores.items()}
+        asked = Setting(Probing(datasets=("a",), ks=tuple(scores)), 1, "m", "float32", 16, "x", None, "abc")
+        record = sparse_probing_record(asked, {"a": by_class}, {"architecture": "topk"})
+        layer |= {key: record[key] for key in record if key in (OTHER_KS, "eval_result_metrics", "eval_result_details")}
+    (folder / "final_info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ks", "shown"),
+    [
+        (((1, 5), (1, 3)), (1, 5)),
+        (((2, 10), (2, 4, 10)), (2, 10)),
+        (((1, 2, 3), (1, 3)), (1, 3)),
+        (((2, 5),), (2, 5)),
+        (((3,),), (3,)),
+        (((2, 3), (4, 6)), (2, 6)),
+    ],
+)
+def test_top_1_and_top_5_or_the_ends_of_what_all_have(tmp_path, ks, shown):
+    folders = [
+        probed_at(finished(tmp_path / f"{seed}", "run_6", seed, 0.3, k=8), {k: k / 20 for k in of})
+        for seed, of in enumerate(ks)
+    ]
+    for folder in folders:
+        answers = {f"a/sae_top_{k}/right_TM": torch.ones(2, 4, dtype=torch.bool) for k in range(10)}
+        save_tensors(
+            folder / "layer_3" / "probing_outcomes.safetensors", answers | {"a/rows_TM": torch.arange(8).view(2, 4)}
+        )
+    head, _, row = report(folders).splitlines()[:3]
+    assert [cell.strip() for cell in head.split("|") if "SAE" in cell] == [f"SAE top-{k}" for k in shown]
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    for k in shown:
+        assert cells[f"SAE top-{k}"].startswith(f"{k / 20:.3f}" if all(k in of for of in ks) else "-")
+    assert {point.panel for point in pareto_points(folders)} == {f"top-{shown[0]} of sparse probing, minilm, layer 3"}
+    assert pareto_points(folders)[0].score == shown[0] / 20
+
+
 def test_answers_of_k_5_alone_are_compared(tmp_path):
     folders = [finished(tmp_path / run, run, 1, 0.3) for run in ("run_8", "run_6")]
     for number, folder in enumerate(folders):
+        probed_at(folder, {1: 0.7, 5: 0.8})
         rows_TM = torch.arange(4).repeat(2, 1)
         answers = {"topics/rows_TM": rows_TM, "topics/sae_top_5/right_TM": rows_TM < 2 + number}
         save_tensors(folder / "layer_3" / "probing_outcomes.safetensors", answers)

@@ -8,7 +8,7 @@ from toys import run_config
 
 from fipo.config import Probing
 from fipo.export import save_sae
-from fipo.saebench import Setting, metric_name, sparse_probing_record
+from fipo.saebench import Setting, dataset_metrics, metric_name, overall_metrics, sparse_probing_record
 from fipo.state import build_state
 
 TOP_LEVEL = (
@@ -26,6 +26,9 @@ METRICS = {
 }
 ASKED = ["sae_test_accuracy", "llm_test_accuracy"]
 ASKED += [f"{who}_top_{k}_test_accuracy" for who in ("llm", "sae") for k in (1, 5)]
+
+
+CONFIG = {"architecture": "topk"}
 
 
 @pytest.fixture
@@ -95,6 +98,21 @@ def test_means_over_classes_then_over_datasets(record, accuracies):
                 assert value == pytest.approx((first + second) / 2)
 
 
+def test_a_k_that_the_schema_does_not_have_is_kept_beside_it(accuracies):
+    assert "eval_result_other_ks" not in sparse_probing_record(setting(Probing(datasets=("a",))), accuracies, CONFIG)
+    for number, metrics in enumerate(accuracies.values()):
+        metrics["sae_top_3_test_accuracy"] = {"x": 0.5 + number / 4, "y": 0.25 + number / 4}
+    made = sparse_probing_record(setting(Probing(datasets=("first", "second"), ks=(1, 3, 5))), accuracies, CONFIG)
+    assert made["eval_result_other_ks"] == {
+        "mean": {"sae_top_3_test_accuracy": 0.5},
+        "datasets": {"first": {"sae_top_3_test_accuracy": 0.375}, "second": {"sae_top_3_test_accuracy": 0.625}},
+    }
+    assert list(made["eval_result_metrics"]["sae"]) == METRICS["sae"]
+    assert overall_metrics(made)["sae_top_3_test_accuracy"] == 0.5
+    assert dataset_metrics(made)["second"]["sae_top_3_test_accuracy"] == 0.625
+    assert dataset_metrics(made)["second"]["sae_top_1_test_accuracy"] is not None
+
+
 def test_every_class_is_kept(record, accuracies):
     expected = {"first_results": accuracies["first"], "second_results": accuracies["second"]}
     assert record["eval_result_unstructured"] == expected
@@ -119,7 +137,7 @@ def test_records_have_ids_of_their_own(record, accuracies):
 
 
 def test_an_sae_without_metadata_has_a_record_too(accuracies):
-    made = sparse_probing_record(setting(Probing(datasets=("first",))), accuracies, {"architecture": "topk"})
+    made = sparse_probing_record(setting(Probing(datasets=("first",))), accuracies, CONFIG)
     assert made["sae_lens_version"] is None and made["sae_cfg_dict"]["activation_fn_str"] == "topk"
 
 
