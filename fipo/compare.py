@@ -1,16 +1,16 @@
 """Several finished runs side by side, as Markdown made from their result files alone.
 
 Runs of one name, config and layer are seeds of one another: the table gives mean ± standard deviation over them. Where
-configs of one name differ, the name says in what (fipo.names). Below it the run given first is set against each other
-one, answer by answer, with 95 % bootstrap intervals. They say what other texts would change, not what other SAEs would:
-that is in the standard error over trainings, of all seeds and layers that both have. Last come the times of whole runs,
-as ratios. Reads run folders and the folders that `fipo probe --out` writes.
+configs of one name differ, the name says in what (fipo.names). Below it each other run is set against the one given
+first, in a sweep at the same sparsity, answer by answer, with 95 % bootstrap intervals. They say what other texts would
+change, not what other SAEs would: that is in the standard error over trainings, of all seeds and layers that both have.
+Last come the times of whole runs, as ratios. Reads run folders and the folders that `fipo probe --out` writes.
 """
 
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
 from fipo.finished import Result, read_all
-from fipo.names import CONTROLS, suite_names, with_sparsity
+from fipo.names import CONTROLS, bases, suite_names, with_sparsity
 from fipo.pareto import Point
 from fipo.randomness import generator_for
 from fipo.saebench import metric_name, overall_metrics
@@ -38,15 +38,19 @@ TIMED = ("harvest", "training")
 
 def report(folders: Sequence[Path]) -> str:
     """The table of all runs in `folders`, the differences between them, and where the numbers come from."""
-    results = _by_sparsity(read_all(folders))
-    ks = shown_ks(results)
+    results = read_all(folders)
+    against = bases([result.run for result in results], [result.setting for result in results])
+    results, ks = _by_sparsity(results), shown_ks(results)
     seeds: dict[str, set[int]] = {}
     for result in results:
         seeds.setdefault(result.run, set()).add(result.seed)
     names = "; ".join(f"{run}: {', '.join(map(str, sorted(of)))}" for run, of in sorted(seeds.items()))
     notes = f"Mean ± standard deviation over seeds ({names}). Made by `fipo compare` from result files of:\n"
     origins = "\n".join(f"- {origin}" for origin in sorted({result.origin for result in results}))
-    return "\n".join([table(results, ks), *differences(results, ks), *times(results), notes, origins]) + "\n"
+    return (
+        "\n".join([table(results, ks), *differences(results, ks, against), *times(results, against), notes, origins])
+        + "\n"
+    )
 
 
 def pareto_points(folders: Sequence[Path]) -> list[Point]:
@@ -109,17 +113,16 @@ def table(results: Sequence[Result], ks: Sequence[int]) -> str:
     return "\n".join([*lines, ""])
 
 
-def differences(results: Sequence[Result], ks: Sequence[int]) -> list[str]:
-    """Paired differences of every run from the one given first: by layer, and between two runs by dataset as well."""
-    runs = list(dict.fromkeys(result.run for result in results))
-    base, others = runs[0], runs[1:]
+def differences(results: Sequence[Result], ks: Sequence[int], against: Mapping[str, str]) -> list[str]:
+    """Paired differences of every run from the one it is set against: by layer, and between two runs by dataset as
+    well."""
     lines = []
-    for other in others:
+    for other, base in against.items():
         for layer in sorted({result.layer for result in results}):
             rows = {k: _paired(results, base, other, layer, k) for k in ks}
             names = dict.fromkeys(name for k in ks for name in rows[k])
             for place, name in enumerate(names):
-                if place == 0 or len(others) == 1:
+                if place == 0 or len(against) == 1:
                     cells = " | ".join(_shown(rows[k].get(name)) for k in ks)
                     lines.append(f"| {other} - {base} | {layer} | {name} | {cells} |")
         by_k = {k: _by_training(results, base, other, k) for k in ks}
@@ -133,12 +136,12 @@ def differences(results: Sequence[Result], ks: Sequence[int]) -> list[str]:
     return [f"| difference | layer | datasets | {heads} |", "|---" * (3 + len(ks)) + "|", *lines, ""]
 
 
-def times(results: Sequence[Result]) -> list[str]:
-    """Seconds of every run over those of the one given first: mean ± standard deviation over the seeds that both have
-    of the same layers on the same hardware."""
+def times(results: Sequence[Result], against: Mapping[str, str]) -> list[str]:
+    """Seconds of every run over those of the one it is set against: mean ± standard deviation over the seeds that both
+    have of the same layers on the same hardware."""
     runtimes = {(r.run, r.record["workload"], r.seed, r.runtime["layers"]): r.runtime for r in results if r.runtime}
-    base, lines = results[0].run, []
-    for other in dict.fromkeys(result.run for result in results if result.run != base):
+    lines = []
+    for other, base in against.items():
         pairs = [(of, runtimes.get((base, *which))) for (run, *which), of in runtimes.items() if run == other]
         ratios = [
             {phase: ours[phase] / theirs[phase] for phase in TIMED}

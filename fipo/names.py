@@ -91,6 +91,19 @@ def with_sparsity(runs: Sequence[str], settings: Sequence[str]) -> list[str]:
     return [f"{run}, {one}" if run in several and one else run for run, one in zip(runs, settings, strict=True)]
 
 
+def bases(runs: Sequence[str], settings: Sequence[str]) -> dict[str, str]:
+    """Name `with_sparsity` -> the one that it is set against: the first run at the same setting where there is that,
+    else the first of all, which alone is set against none."""
+    names = with_sparsity(runs, settings)
+    of_first = {one: name for run, one, name in zip(runs, settings, names, strict=True) if run == runs[0] and one}
+    found = {}
+    for setting, name in zip(settings, names, strict=True):
+        base = of_first.get(setting, names[0])
+        if name != names[0]:
+            found.setdefault(name, names[0] if base == name else base)
+    return found
+
+
 def sparsity_of(config: Mapping[str, str]) -> str:
     """What a flat config sets the sparsity by: `k 32`, or `λ 0.01`; empty where it does not say."""
     if "architecture" not in config:

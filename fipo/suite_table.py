@@ -1,18 +1,18 @@
 """Results of the second suite side by side, as Markdown made from their result files alone.
 
 Results of one name and layer are seeds of one another: the table gives mean ± standard deviation over them. Below it
-each is set against the one given first, dataset by dataset: a dataset's difference is the mean over the seeds that both
-have, and the standard error is over the datasets, which says what other datasets would change, not what other trainings
-would. Reads the folders that `fipo probe --suite sae-probes --out` writes.
+each is set against the one given first, in a sweep at the same sparsity, dataset by dataset: a dataset's difference is
+the mean over the seeds that both have, and the standard error is over the datasets, which says what other datasets
+would change, not what other trainings would. Reads the folders that `fipo probe --suite sae-probes --out` writes.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fipo.errors import UserError
-from fipo.names import CONTROLS, sparsity_of, told_apart, with_sparsity
+from fipo.names import CONTROLS, bases, sparsity_of, told_apart, with_sparsity
 from fipo.results import SUITE_METRICS, SUITE_RESULT_SUFFIX, read_suite_result
 
 MEASURED = ("model", "dtype", "context")
@@ -45,15 +45,19 @@ def holds_suite(folder: Path) -> bool:
 
 
 def suite_report(folders: Sequence[Path]) -> str:
-    """The table of all results in `folders`, the differences from the first, and where the numbers come from."""
-    results = _named([_read(file) for folder in folders for file in sorted(folder.glob(f"*{SUITE_RESULT_SUFFIX}"))])
+    """The table of all results in `folders`, the differences of each from what it is set against, and where the numbers
+    come from."""
+    results = [_read(file) for folder in folders for file in sorted(folder.glob(f"*{SUITE_RESULT_SUFFIX}"))]
+    results = _renamed(results, told_apart([one.run for one in results], [one.config for one in results]))
+    named = [one.run for one in results], [one.setting for one in results]
+    results, against = _renamed(results, with_sparsity(*named)), bases(*named)
     _refuse_what_differs(results)
     seeds = {run: sorted({one.seed for one in results if one.run == run}) for run in {one.run: None for one in results}}
     told = "; ".join(f"{run}: {', '.join(map(str, of))}" for run, of in seeds.items())
     notes = f"Mean ± standard deviation over seeds ({told}); differences ± standard error over the datasets."
     origins = "\n".join(f"- {origin}" for origin in sorted({one.origin for one in results}))
     made = "Made by `fipo compare` from result files of:\n"
-    return "\n".join([*_table(results), *_differences(results), f"{notes} {made}", origins]) + "\n"
+    return "\n".join([*_table(results), *_differences(results, against), f"{notes} {made}", origins]) + "\n"
 
 
 def _read(file: Path) -> Result:
@@ -65,10 +69,7 @@ def _read(file: Path) -> Result:
     return Result(run, seed, sae["layer"], record["results"], ks, origin, measured, sparsity_of(config), config)
 
 
-def _named(results: Sequence[Result]) -> list[Result]:
-    """Those of one name that are no seeds of one another are told apart."""
-    names = told_apart([one.run for one in results], [one.config for one in results])
-    names = with_sparsity(names, [one.setting for one in results])
+def _renamed(results: Sequence[Result], names: Sequence[str]) -> list[Result]:
     return [one._replace(run=name) for one, name in zip(results, names, strict=True)]
 
 
@@ -98,11 +99,12 @@ def _table(results: Sequence[Result]) -> list[str]:
     return [*lines, ""]
 
 
-def _differences(results: Sequence[Result]) -> list[str]:
-    base, lines = results[0].run, []
+def _differences(results: Sequence[Result], against: Mapping[str, str]) -> list[str]:
+    lines = []
     for (run, layer), group in _grouped(results).items():
+        base = against.get(run)
         first = {one.seed: one for one in results if (one.run, one.layer) == (base, layer)}
-        pairs = [(one, first[one.seed]) for one in group if run != base and one.seed in first]
+        pairs = [(one, first[one.seed]) for one in group if one.seed in first]
         if pairs:
             cells = (_difference(pairs, *column) for column in _columns(results))
             lines.append(f"| {run} - {base} | {layer} | {' | '.join(cells)} |")

@@ -375,3 +375,18 @@ def test_how_an_old_run_was_probed_is_in_its_config(tmp_path):
     for folder, rng in zip(folders, ("fipo", "saebench"), strict=True):
         write_yaml(folder / "config.yaml", {"run": "run_6", "workload": {"probing": {"rng": rng, "cached": rng == ""}}})
     assert "| minilm; rng fipo | run_6 |" in report(folders) and "| minilm; rng saebench | run_6 |" in report(folders)
+
+
+def test_a_sweep_is_set_against_the_first_run_at_the_same_sparsity(tmp_path):
+    """In differences and in times."""
+    folders = []
+    for run, factor in (("run_8", 1), ("run_6", 2)):
+        for k in (16, 32):
+            folder = answered(finished(tmp_path / f"{run}{k}", run, 1, 0.3, k=k), torch.arange(8).view(2, 4) < factor)
+            timed(folder, training=k * factor)
+            folders.append(folder)
+    lines = report(folders).splitlines()
+    pairs = [line.split("|")[1].strip() for line in lines if " - run_8" in line]
+    assert pairs == ["run_8, k 32 - run_8, k 16", "run_6, k 16 - run_8, k 16", "run_6, k 32 - run_8, k 32"]
+    for line in ("run_8, k 32 / run_8, k 16", "run_6, k 16 / run_8, k 16", "run_6, k 32 / run_8, k 32"):
+        assert f"| {line} | 1.00 | 2.00 |" in lines

@@ -2,7 +2,7 @@
 
 from fipo.compare import report
 from fipo.config import RunConfig
-from fipo.names import NOT_COMPARED, SPARSITY, additions, flat, sparsity_of, told_apart, with_sparsity
+from fipo.names import NOT_COMPARED, SPARSITY, additions, bases, flat, sparsity_of, told_apart, with_sparsity
 from fipo.records import to_dict
 from fipo.workloads import MINILM
 from fipo.yamlfile import write_yaml
@@ -58,6 +58,17 @@ def test_names_of_runs():
     assert with_sparsity(names, ["k 16", "k 32", "k 32", ""]) == [
         *("run_8, penalty off, k 16", "run_8, penalty off, k 32", "run_6", "run_8, penalty on")
     ]
+
+
+def test_what_a_run_of_a_sweep_is_set_against():
+    """The first run's own settings against its first; a setting that it lacks too."""
+    assert bases(["a", "a", "b", "b", "b"], ["k 16", "k 32", "k 16", "k 32", "k 64"]) == {
+        **{"a, k 32": "a, k 16", "b, k 16": "a, k 16", "b, k 32": "a, k 32", "b, k 64": "a, k 16"}
+    }
+    assert bases(["a", "a", "b", "c"], ["k 16", "k 32", "k 32", ""]) == {
+        **{"a, k 32": "a, k 16", "b": "a, k 32", "c": "a, k 16"}
+    }
+    assert bases(["a", "b"], ["", ""]) == {"b": "a"} and not bases(["a"], ["k 3"])
 
 
 def test_the_sparsity_a_config_sets():

@@ -96,6 +96,14 @@ def test_a_sweep_of_one_seed(tmp_path):
     assert rows(text, "| run_8, k 16 | 3")[0][2] == "0.700" and rows(text, "| run_8, k 32 - run_8, k 16 | 3")
 
 
+def test_a_sweep_is_set_against_the_first_run_at_the_same_sparsity(tmp_path):
+    swept = [of_config(one, **{"architecture": "topk", "workload.k": k}) for k in "24" for one in (BASE[0], OTHER[1])]
+    text = suite_report([write(tmp_path / "x", *swept)])
+    assert [row[0] for row in rows(text, "| run_")][4:] == [
+        *("run_6, k 2 - run_8, k 2", "run_8, k 4 - run_8, k 2", "run_6, k 4 - run_8, k 4")
+    ]
+
+
 @pytest.mark.parametrize(("key", "value"), [("model", "gpt"), ("dtype", "bfloat16"), ("context", 64)])
 def test_other_settings_are_compared_apart(tmp_path, key, value):
     usual = {"model": "bert", "dtype": "float32", "context": 128}
