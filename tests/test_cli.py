@@ -1,6 +1,7 @@
 """The command `fipo`: probing saved SAEs end to end, comparing results, and one line for every mistake."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -17,6 +18,7 @@ from fipo.sae import SAE
 from fipo.sae_probes_suite import SuiteDataset
 from fipo.saved import find_saved
 from fipo.yamlfile import write_yaml
+from tests.test_compare import finished
 
 
 @pytest.fixture
@@ -271,6 +273,17 @@ def test_the_cache_tells_saes_of_the_same_weights_apart(saved, labelled_folders,
 def test_compare_needs_results(tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
     assert "holds no final_info.json" in capsys.readouterr().err
+
+
+def test_a_reader_who_leaves_is_no_error(tmp_path, monkeypatch, capsys):
+    """As `head`, which has read what it wants; the picture is drawn all the same."""
+    folder, picture = finished(tmp_path / "a", "run_6", 1, 0.3), tmp_path / "a.png"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with monkeypatch.context() as patch, os.fdopen(writing, "w") as left:
+        patch.setattr("sys.stdout", left)
+        assert main(["compare", str(folder), "--picture", str(picture)]) == 141
+    assert picture.exists() and capsys.readouterr() == ("", "")
 
 
 @pytest.fixture
