@@ -34,6 +34,9 @@ COLUMNS = {
 PROBED = {"SAE": "sae", "LLM": "llm", "PCA": "pca", "random": "random"}
 SHOWN_KS = (1, 5)
 TIMED = ("harvest", "training")
+TIMES_NOTE = (
+    "Times are as the runs met the machine, since each was last resumed; of harvests, those that found nothing on disk."
+)
 
 
 def report(folders: Sequence[Path]) -> str:
@@ -108,7 +111,7 @@ def table(results: Sequence[Result], ks: Sequence[int]) -> str:
     }
     lines = [f"| workload | run | layer | {' | '.join(shown)} |", "|---" * (3 + len(shown)) + "|"]
     for (workload, run, layer), records in sorted(groups.items()):
-        cells = [_cell(records, key, form) for key, form in shown.values()]
+        cells = [_spread([record.get(key) for record in records], form) for key, form in shown.values()]
         lines.append(f"| {workload} | {run} | {layer} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -143,16 +146,20 @@ def times(results: Sequence[Result], against: Mapping[str, str]) -> list[str]:
     lines = []
     for other, base in against.items():
         pairs = [(of, runtimes.get((base, *which))) for (run, *which), of in runtimes.items() if run == other]
+        fair = [(ours, theirs) for ours, theirs in pairs if theirs and ours["hardware"] == theirs["hardware"]]
         ratios = [
-            {phase: ours[phase] / theirs[phase] for phase in TIMED}
-            for ours, theirs in pairs
-            if theirs and ours["hardware"] == theirs["hardware"] and all(theirs[phase] > 0 for phase in TIMED)
+            [ours[phase] / theirs[phase] for ours, theirs in fair if _timed(ours, phase) and _timed(theirs, phase)]
+            for phase in TIMED
         ]
-        if ratios:
-            lines.append(f"| {other} / {base} | {' | '.join(_cell(ratios, phase, '{:.2f}') for phase in TIMED)} |")
+        if any(ratios):
+            lines.append(f"| {other} / {base} | {' | '.join(_spread(values, '{:.2f}') for values in ratios)} |")
     heads = " | ".join(f"{phase} time" for phase in TIMED)
-    note = "Times are as the runs met the machine, since each was last resumed; a harvest found on disk is only read."
-    return [f"| ratio | {heads} |", "|---" * (1 + len(TIMED)) + "|", *lines, "", note, ""] if lines else []
+    return [f"| ratio | {heads} |", "|---" * (1 + len(TIMED)) + "|", *lines, "", TIMES_NOTE, ""] if lines else []
+
+
+def _timed(runtime: dict[str, Any], phase: str) -> bool:
+    """Does it say how long the phase takes? It does not of a harvest of which a part was found on disk."""
+    return runtime[phase] > 0 and (phase != "harvest" or runtime.get("harvested", False))
 
 
 def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int) -> dict[str, Interval]:
@@ -217,9 +224,8 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, **overall_metrics(record), **controls}
 
 
-def _cell(records: list[dict[str, Any]], key: str, form: str) -> str:
-    values = [record.get(key) for record in records]
-    if None in values:
+def _spread(values: Sequence[float | None], form: str) -> str:
+    if not values or None in values:
         return "-"
     spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
     return form.format(statistics.fmean(values)) + spread

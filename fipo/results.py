@@ -79,6 +79,8 @@ def read_runtime(folder: Path) -> dict[str, Any]:
         return {}
     record = read_json(file)
     _check(file, "", record, {"harvest": MEASURE, "training": MEASURE, "hardware": dict})
+    if "harvested" in record:
+        _check(file, "harvested", record["harvested"], bool)
     return record
 
 

@@ -264,8 +264,8 @@ def test_answers_of_another_shape_are_damage(tmp_path):
         report(folders)
 
 
-def timed(folder, training, harvest=10.0, cpu="some"):
-    times = {"harvest": harvest, "training": training, "hardware": {"cpu": cpu}}
+def timed(folder, training, harvest=10.0, cpu="some", **more):
+    times = {"harvest": harvest, "training": training, "harvested": True, "hardware": {"cpu": cpu}, **more}
     (folder / "runtime.json").write_text(json.dumps(times))
 
 
@@ -283,6 +283,21 @@ def test_times_are_ratios_to_the_run_given_first_seed_by_seed(tmp_path):
         report(folders)
     (tmp_path / "run_6_1" / "runtime.json").write_text("[]")
     with pytest.raises(UserError, match=r"runtime\.json: the record is \[\]"):
+        report(folders)
+
+
+def test_a_harvest_that_was_found_on_disk_took_no_time(tmp_path):
+    """One that does not say whether it was is none to be compared either."""
+    folders = [finished(tmp_path / f"{run}_{seed}", run, seed, 0.3) for run in ("run_0", "run_6") for seed in (1, 2)]
+    for folder, harvest in zip(folders, (10.0, 10.0, 20.0, 0.1), strict=True):
+        timed(folder, 5.0, harvest, harvested=harvest > 1)
+    assert "| run_6 / run_0 | 2.00 | 1.00 ± 0.00 |" in report(folders)
+    times = json.loads((folders[2] / "runtime.json").read_text())
+    del times["harvested"]
+    (folders[2] / "runtime.json").write_text(json.dumps(times))
+    assert "| run_6 / run_0 | - | 1.00 ± 0.00 |" in report(folders)
+    timed(folders[2], 5.0, harvested="yes")
+    with pytest.raises(UserError, match=r"runtime\.json: harvested is 'yes'; expected bool"):
         report(folders)
 
 
