@@ -112,7 +112,7 @@ def _refuse_other_texts(results: Sequence[Result]) -> None:
     """Of one suite, one seed draws the same texts of a dataset; where it did not, the datasets were others."""
     drawn: dict[tuple[Any, ...], tuple[str, Result]] = {}
     for result in results:
-        drawn_by = result.record["eval_config"].get("random_seed")
+        drawn_by = str(result.record["eval_config"].get("random_seed"))
         for dataset, texts in result.texts.items():
             known, first = drawn.setdefault((result.suite, drawn_by, dataset), (texts, result))
             if texts != known:

@@ -381,6 +381,9 @@ def test_only_answers_to_the_same_texts_are_paired(tmp_path):
 def test_one_name_for_two_datasets_is_refused(tmp_path):
     folders = [measured(finished(tmp_path / run, run, 1, 0.3), random_seed=1) for run in ("run_8", "run_6")]
     measured(folders[1], {"a": "f" * 64}, random_seed=1)
+    measured(folders[0], random_seed=[])
+    assert "| run_6 |" in report(folders), "drawn by another seed"
+    measured(folders[0], random_seed=1)
     with pytest.raises(UserError, match=r"scored on other texts of a \(.* ffffffff and 00000000\); compare them apart"):
         report(folders)
 
