@@ -15,7 +15,7 @@ from fipo.errors import UserError
 from fipo.names import CONTROLS, bases, sparsity_of, told_apart, with_sparsity
 from fipo.results import SUITE_METRICS, SUITE_RESULT_SUFFIX, read_suite_result
 
-MEASURED = ("model", "dtype", "context")
+MEASURED = ("model", "dtype", "context", "random_seed")
 """What a score depends on beside the SAE and the datasets."""
 
 Scores = dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -32,7 +32,7 @@ class Result(NamedTuple):
     ks: list[int]
     origin: str
     measured: tuple[Any, ...]
-    """Model, its format and the context; None where an older file does not say."""
+    """Model, its format, the context and the seed of the splits; None where an older file does not say."""
     setting: str
     """Of sparsity (fipo.names), as far as the file says."""
     config: dict[str, str]

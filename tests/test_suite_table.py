@@ -104,9 +104,11 @@ def test_a_sweep_is_set_against_the_first_run_at_the_same_sparsity(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("key", "value"), [("model", "gpt"), ("dtype", "bfloat16"), ("context", 64)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("model", "gpt"), ("dtype", "bfloat16"), ("context", 64), ("random_seed", 7)]
+)
 def test_other_settings_are_compared_apart(tmp_path, key, value):
-    usual = {"model": "bert", "dtype": "float32", "context": 128}
+    usual = {"model": "bert", "dtype": "float32", "context": 128, "random_seed": 42}
     folder = write(tmp_path / "x", *[one | usual for one in BASE], OTHER[0] | {"model": "bert"})
     assert "| run_6 - run_8 |" in suite_report([folder]), "an older file does not say all"
     write(folder, BASE[0] | usual, BASE[1] | usual | {key: value})
