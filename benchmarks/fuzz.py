@@ -239,7 +239,7 @@ class Compared(Result):
             layer["eval_result_controls"] = _controls()
             layer |= {"k": None, "sparsity_penalty": 0.01, "eval_result_unstructured": {}}
         record["architecture"] = "relu"
-        times = {"harvest": 1.5, "training": 2.5, "hardware": {"cpu": "some"}}
+        times = {"harvest": 1.5, "training": 2.5, "harvested": True, "hardware": {"cpu": "some"}}
         return [_written(file, record), _written(folder / results.RUNTIME, times)]
 
     def read(self, folder: Path) -> Any:
@@ -260,7 +260,7 @@ class Probed(Target):
     def make(self, folder: Path) -> list[Path]:
         """Of an SAE of a run."""
         record = {
-            "sae": {"name": "run_3/layer_1", "layer": 1, "run": "run_3", "seed": 1},
+            "sae": {"name": "run_3/layer_1", "layer": 1, "run": "run_3", "seed": 1, "config": {"workload.k": "4"}},
             **{"git_revision": "abc", "versions": {"torch": "2"}, "hardware": {"cpu": "x"}},
             **_scored(),
             "eval_result_controls": _controls(),
@@ -287,7 +287,8 @@ class Suite(Target):
         """Of two datasets."""
         scores = {"1": {"accuracy": 0.7, "auc": 0.75, "f1": 0.6}, "2": {"accuracy": 0.8, "auc": 0.85, "f1": 0.7}}
         record = {
-            "sae": {"name": "x", "layer": 1, "run": None, "seed": None},
+            "sae": {"name": "x", "layer": 1, "run": None, "seed": None, "config": {}},
+            **{"model": "m", "dtype": "float32", "context": 16},
             **{"git_revision": "abc", "hardware": {"cpu": "x"}, "mean": {"sae": scores}},
             "results": {name: dict.fromkeys(("sae", "llm", "random"), scores) for name in "ab"},
         }
@@ -407,17 +408,22 @@ def _written(file: Path, record: dict[str, Any]) -> Path:
 
 
 def _scored() -> dict[str, Any]:
-    scores = {f"{who}_top_{k}_test_accuracy": 0.75 for who in ("llm", "sae") for k in (1, 5)}
+    scores, others = (
+        {f"{who}_top_{k}_test_accuracy": 0.75 for who in ("llm", "sae") for k in ks} for ks in ((1, 5), (3,))
+    )
     return {
-        "eval_config": {"dataset_names": ["a", "b"], "k_values": [1, 5]},
+        "eval_config": {"dataset_names": ["a", "b"], "k_values": [1, 3, 5], "random_seed": 1},
+        "eval_result_protocol": {"rng": "fipo", "pooling": "float32"},
+        "eval_result_datasets": [{"dataset_name": name, "selected_texts_sha256": "0" * 64} for name in "ab"],
+        "eval_result_other_ks": {"mean": others, "datasets": dict.fromkeys("ab", others)},
         "eval_result_metrics": {who: {n: v for n, v in scores.items() if n.startswith(who)} for who in ("llm", "sae")},
         "eval_result_details": [{"dataset_name": f"{name}_results", **scores} for name in "ab"],
     }
 
 
 def _controls() -> dict[str, Any]:
-    scores = {f"{who}_top_{k}_test_accuracy": 0.6 for who in ("pca", "random") for k in (1, 5)}
-    margins = {f"top_{k}": {"difference": 0.1, "standard_error": 0.01} for k in (1, 5)}
+    scores = {f"{who}_top_{k}_test_accuracy": 0.6 for who in ("pca", "random") for k in (1, 3, 5)}
+    margins = {f"top_{k}": {"difference": 0.1, "standard_error": 0.01} for k in (1, 3, 5)}
     return {"mean": scores, "datasets": dict.fromkeys("ab", scores), "margin_over_random": margins}
 
 

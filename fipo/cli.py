@@ -5,6 +5,8 @@ fipo compare RUN_OR_RESULT ... [--picture OUT.png]
 """
 
 import argparse
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         given.run(given)
+        sys.stdout.flush()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_CODE
@@ -35,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {error.name} is not installed; `fipo {given.command}` needs fipo-sae[run]\n")
         return EXIT_CODE
+    except BrokenPipeError:  # who reads has seen enough; what is still to be flushed at exit goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         sys.stderr.write("stopped; what is pooled is kept: give the same command to go on\n")
         return 130
@@ -101,13 +107,16 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         metavar="RUN_OR_RESULT",
         help="run folders, folders of `fipo probe --out`, or (for the picture) results of benchmarks/ground_truth.py",
     )
-    parser.add_argument("--picture", type=Path, help="PNG of explained variance against F1 and top-1")
+    picture = "PNG, PDF or SVG of explained variance against F1 and top-1, by the file's name"
+    parser.add_argument("--picture", type=Path, metavar="FILE", help=picture)
     parser.set_defaults(run=_compare)
 
 
 def _compare(given: argparse.Namespace) -> None:
     from fipo import compare, pareto, suite_table
 
+    if given.picture:
+        pareto.picture_format(given.picture)
     files = [path for path in given.paths if path.suffix == ".json"]
     folders = [path for path in given.paths if path not in files]
     if files and not given.picture:
@@ -115,15 +124,15 @@ def _compare(given: argparse.Namespace) -> None:
     points = [point for file in files for point in pareto.ground_truth_points(file)] if given.picture else []
     suite = [folder for folder in folders if suite_table.holds_suite(folder)]
     others = [folder for folder in folders if folder not in suite]
-    if suite:
-        sys.stdout.write(suite_table.suite_report(suite))
+    tables = [suite_table.suite_report(suite)] if suite else []
     if others:
-        sys.stdout.write(compare.report(others))
+        tables.append(compare.report(others))
         points += compare.pareto_points(others) if given.picture else []
     if given.picture:
         if not points:
             raise UserError("--picture needs run folders or results of benchmarks/ground_truth.py; none was given")
         pareto.draw_pareto(points, given.picture)
+    sys.stdout.write("".join(tables))
 
 
 if __name__ == "__main__":

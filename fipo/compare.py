@@ -1,16 +1,16 @@
 """Several finished runs side by side, as Markdown made from their result files alone.
 
 Runs of one name, config and layer are seeds of one another: the table gives mean ± standard deviation over them. Where
-configs of one name differ, the name says in what (fipo.names). Below it the run given first is set against each other
-one, answer by answer, with 95 % bootstrap intervals. They say what other texts would change, not what other SAEs would:
-that is in the standard error over trainings, of all seeds and layers that both have. Last come the times of whole runs,
-as ratios. Reads run folders and the folders that `fipo probe --out` writes.
+configs of one name differ, the name says in what (fipo.names). Below it each other run is set against the one given
+first, in a sweep at the same sparsity, answer by answer, with 95 % bootstrap intervals. They say what other texts would
+change, not what other SAEs would: that is in the standard error over trainings, of all seeds and layers that both have.
+Last come the times of whole runs, as ratios. Reads run folders and the folders that `fipo probe --out` writes.
 """
 
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch import Tensor
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
 from fipo.finished import Result, read_all
-from fipo.names import suite_names
+from fipo.names import CONTROLS, bases, suite_names, with_sparsity
 from fipo.pareto import Point
 from fipo.randomness import generator_for
-from fipo.saebench import overall_metrics
+from fipo.saebench import metric_name, overall_metrics
 from fipo.uncertainty import Answers, Interval, bootstrap, joined
 
 COLUMNS = {
@@ -30,125 +30,147 @@ COLUMNS = {
     "L0": ("held_out_l0", "{:.1f}"),
     "dead": ("dead_share", "{:.2%}"),
     "mean max cosine": ("mean_max_cosine", "{:.3f}"),
-    "SAE top-1": ("sae_top_1_test_accuracy", "{:.3f}"),
-    "LLM top-1": ("llm_top_1_test_accuracy", "{:.3f}"),
-    "PCA top-1": ("pca_top_1_test_accuracy", "{:.3f}"),
-    "random top-1": ("random_top_1_test_accuracy", "{:.3f}"),
-    "SAE top-5": ("sae_top_5_test_accuracy", "{:.3f}"),
-    "LLM top-5": ("llm_top_5_test_accuracy", "{:.3f}"),
-    "PCA top-5": ("pca_top_5_test_accuracy", "{:.3f}"),
-    "random top-5": ("random_top_5_test_accuracy", "{:.3f}"),
 }
-COMPARED_KS = (1, 5)
+PROBED = {"SAE": "sae", "LLM": "llm", "PCA": "pca", "random": "random"}
+SHOWN_KS = (1, 5)
 TIMED = ("harvest", "training")
+TIMES_NOTE = (
+    "Times are as the runs met the machine, since each was last resumed; of harvests, those that found nothing on disk."
+)
 
 
 def report(folders: Sequence[Path]) -> str:
     """The table of all runs in `folders`, the differences between them, and where the numbers come from."""
-    results = _by_sparsity(read_all(folders))
+    results = read_all(folders)
+    against = bases([result.run for result in results], [result.setting for result in results])
+    results, ks = _by_sparsity(results), shown_ks(results)
     seeds: dict[str, set[int]] = {}
     for result in results:
         seeds.setdefault(result.run, set()).add(result.seed)
     names = "; ".join(f"{run}: {', '.join(map(str, sorted(of)))}" for run, of in sorted(seeds.items()))
     notes = f"Mean ± standard deviation over seeds ({names}). Made by `fipo compare` from result files of:\n"
     origins = "\n".join(f"- {origin}" for origin in sorted({result.origin for result in results}))
-    return "\n".join([table(results), *differences(results), *times(results), notes, origins]) + "\n"
+    return (
+        "\n".join([table(results, ks), *differences(results, ks, against), *times(results, against), notes, origins])
+        + "\n"
+    )
 
 
 def pareto_points(folders: Sequence[Path]) -> list[Point]:
-    """Explained variance against top-1 of every run; what lacks one of them, as a `fipo probe` result, is left out."""
+    """Explained variance against top-1 (or the smallest k that is shown) of every run; what lacks one of them, as a
+    `fipo probe` result, is left out."""
     results = read_all(folders)
-    told = suite_names(result.suite for result in results)
+    told, k = suite_names(result.suite for result in results), shown_ks(results)[0]
     return [
         Point(
-            f"top-1 of sparse probing, {told[result.suite]}, layer {result.layer}",
+            f"top-{k} of sparse probing, {told[result.suite]}, layer {result.layer}",
             result.run,
             result.setting,
             1 - result.record["held_out_fvu"],
-            overall_metrics(result.record)["sae_top_1_test_accuracy"],
+            score,
+            _references(result.record, k),
         )
         for result in results
-        if "held_out_fvu" in result.record and overall_metrics(result.record)["sae_top_1_test_accuracy"] is not None
+        if "held_out_fvu" in result.record
+        and (score := overall_metrics(result.record).get(metric_name("sae", k))) is not None
     ]
 
 
+def _references(record: dict[str, Any], k: int) -> tuple[tuple[str, float], ...]:
+    scores = _flat(record)
+    found = {title: scores.get(metric_name(who, k)) for who, title in CONTROLS.items()}
+    return tuple((title, score) for title, score in found.items() if score is not None)
+
+
 def _by_sparsity(results: Sequence[Result]) -> list[Result]:
-    """Where runs of one name differ in sparsity, its setting becomes part of the name."""
-    settings: dict[str, set[str]] = {}
-    for result in results:
-        settings.setdefault(result.run, set()).update({result.setting} - {""})
-    several = {run for run, of in settings.items() if len(of) > 1}
-    return [r._replace(run=f"{r.run}, {r.setting}") if r.run in several and r.setting else r for r in results]
+    names = with_sparsity([result.run for result in results], [result.setting for result in results])
+    return [result._replace(run=name) for result, name in zip(results, names, strict=True)]
 
 
-def table(results: Sequence[Result]) -> str:
+def shown_ks(results: Sequence[Result]) -> list[int]:
+    """The k of the probes that are shown: 1 and 5 where any result has them; else the smallest for the one and the
+    largest for the other, of those that all results have."""
+    ks = [set(result.record["eval_config"]["k_values"]) for result in results]
+    some = set.union(*ks)
+    common = set.intersection(*ks) or some
+    ends = zip(SHOWN_KS, (min(common), max(common)), strict=True)
+    return sorted({k if k in some else end for k, end in ends})
+
+
+def table(results: Sequence[Result], ks: Sequence[int]) -> str:
     """One row a workload, run and layer."""
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     told = suite_names(result.suite for result in results)
     for result in results:
         groups.setdefault((told[result.suite], result.run, result.layer), []).append(_flat(result.record))
+    probed = {f"{title} top-{k}": (metric_name(who, k), "{:.3f}") for k in ks for title, who in PROBED.items()}
     shown = {
-        title: column for title, column in COLUMNS.items() if any(column[0] in r for of in groups.values() for r in of)
+        title: column
+        for title, column in (COLUMNS | probed).items()
+        if any(column[0] in r for of in groups.values() for r in of)
     }
     lines = [f"| workload | run | layer | {' | '.join(shown)} |", "|---" * (3 + len(shown)) + "|"]
     for (workload, run, layer), records in sorted(groups.items()):
-        cells = [_cell(records, key, form) for key, form in shown.values()]
+        cells = [_spread([record.get(key) for record in records], form) for key, form in shown.values()]
         lines.append(f"| {workload} | {run} | {layer} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
-def differences(results: Sequence[Result]) -> list[str]:
-    """Paired differences of every run from the one given first: by layer, and between two runs by dataset as well."""
-    runs = list(dict.fromkeys(result.run for result in results))
-    base, others = runs[0], runs[1:]
+def differences(results: Sequence[Result], ks: Sequence[int], against: Mapping[str, str]) -> list[str]:
+    """Paired differences of every run from the one it is set against: by layer, and between two runs by dataset as
+    well."""
     lines = []
-    for other in others:
+    for other, base in against.items():
         for layer in sorted({result.layer for result in results}):
-            rows = {k: _paired(results, base, other, layer, k) for k in COMPARED_KS}
-            names = dict.fromkeys(name for k in COMPARED_KS for name in rows[k])
+            rows = {k: _paired(results, base, other, layer, k) for k in ks}
+            names = dict.fromkeys(name for k in ks for name in rows[k])
             for place, name in enumerate(names):
-                if place == 0 or len(others) == 1:
-                    cells = " | ".join(_shown(rows[k].get(name)) for k in COMPARED_KS)
+                if place == 0 or len(against) == 1:
+                    cells = " | ".join(_shown(rows[k].get(name)) for k in ks)
                     lines.append(f"| {other} - {base} | {layer} | {name} | {cells} |")
-        by_k = {k: _by_training(results, base, other, k) for k in COMPARED_KS}
+        by_k = {k: _by_training(results, base, other, k) for k in ks}
         trainings = max(map(len, by_k.values()))
         if trainings > 1:
-            cells = " | ".join(_over_trainings(by_k[k]) for k in COMPARED_KS)
+            cells = " | ".join(_over_trainings(by_k[k]) for k in ks)
             lines.append(f"| {other} - {base} | all | all, over {trainings} trainings | {cells} |")
     if not lines:
         return []
-    heads = " | ".join(f"SAE top-{k}" for k in COMPARED_KS)
-    return [f"| difference | layer | datasets | {heads} |", "|---" * (3 + len(COMPARED_KS)) + "|", *lines, ""]
+    heads = " | ".join(f"SAE top-{k}" for k in ks)
+    return [f"| difference | layer | datasets | {heads} |", "|---" * (3 + len(ks)) + "|", *lines, ""]
 
 
-def times(results: Sequence[Result]) -> list[str]:
-    """Seconds of every run over those of the one given first: mean ± standard deviation over the seeds that both have
-    of the same layers on the same hardware."""
+def times(results: Sequence[Result], against: Mapping[str, str]) -> list[str]:
+    """Seconds of every run over those of the one it is set against: mean ± standard deviation over the seeds that both
+    have of the same layers on the same hardware."""
     runtimes = {(r.run, r.record["workload"], r.seed, r.runtime["layers"]): r.runtime for r in results if r.runtime}
-    base, lines = results[0].run, []
-    for other in dict.fromkeys(result.run for result in results if result.run != base):
+    lines = []
+    for other, base in against.items():
         pairs = [(of, runtimes.get((base, *which))) for (run, *which), of in runtimes.items() if run == other]
+        fair = [(ours, theirs) for ours, theirs in pairs if theirs and ours["hardware"] == theirs["hardware"]]
         ratios = [
-            {phase: ours[phase] / theirs[phase] for phase in TIMED}
-            for ours, theirs in pairs
-            if theirs and ours["hardware"] == theirs["hardware"] and all(theirs[phase] > 0 for phase in TIMED)
+            [ours[phase] / theirs[phase] for ours, theirs in fair if _timed(ours, phase) and _timed(theirs, phase)]
+            for phase in TIMED
         ]
-        if ratios:
-            lines.append(f"| {other} / {base} | {' | '.join(_cell(ratios, phase, '{:.2f}') for phase in TIMED)} |")
+        if any(ratios):
+            lines.append(f"| {other} / {base} | {' | '.join(_spread(values, '{:.2f}') for values in ratios)} |")
     heads = " | ".join(f"{phase} time" for phase in TIMED)
-    note = "Times are as the runs met the machine, since each was last resumed; a harvest found on disk is only read."
-    return [f"| ratio | {heads} |", "|---" * (1 + len(TIMED)) + "|", *lines, "", note, ""] if lines else []
+    return [f"| ratio | {heads} |", "|---" * (1 + len(TIMED)) + "|", *lines, "", TIMES_NOTE, ""] if lines else []
+
+
+def _timed(runtime: dict[str, Any], phase: str) -> bool:
+    """Does it say how long the phase takes? It does not of a harvest of which a part was found on disk."""
+    return runtime[phase] > 0 and (phase != "harvest" or runtime.get("harvested", False))
 
 
 def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int) -> dict[str, Interval]:
-    """`all` and every dataset -> difference of accuracies over the seeds that both runs have. Seeds that answered the
-    same texts are drawn together: a text is no surer for being asked of more of them."""
+    """`all` and every dataset -> difference of accuracies over the seeds that both runs have, of answers to the same
+    texts. Seeds that answered the same texts are drawn together: a text is no surer for being asked of more of them."""
     found: dict[str, list[Answers]] = {}
-    taken: set[tuple[str, int, str]] = set()
+    taken: set[tuple[Any, ...]] = set()
     of_run = {run: [r for r in results if (r.run, r.layer) == (run, layer)] for run in (base, other)}
     for result, partner in itertools.product(of_run[other], of_run[base]):
-        workload, seed = result.record["workload"], result.seed
-        if (workload, seed) != (partner.record["workload"], partner.seed):
+        measured = (result.suite.workload, result.suite.settings, result.seed)
+        if measured != (partner.suite.workload, partner.suite.settings, partner.seed):
             continue
         if not (result.outcomes.is_file() and partner.outcomes.is_file()):
             continue
@@ -156,8 +178,9 @@ def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int
         for name in [key.removesuffix("/rows_TM") for key in ours if key.endswith("/rows_TM")]:
             key = f"{name}/sae_top_{k}/right_TM"
             same = f"{name}/rows_TM" in theirs and ours[f"{name}/rows_TM"].equal(theirs[f"{name}/rows_TM"])
-            if same and key in ours and key in theirs and (workload, seed, name) not in taken:
-                taken.add((workload, seed, name))
+            same = same and result.texts.get(name) == partner.texts.get(name)
+            if same and key in ours and key in theirs and (*measured, name) not in taken:
+                taken.add((*measured, name))
                 _check_answers(result.outcomes, ours, name, key)
                 _check_answers(partner.outcomes, theirs, name, key)
                 values_TM = ours[key].double() - theirs[key].double()
@@ -178,9 +201,9 @@ def _check_answers(file: Path, tensors: dict[str, Tensor], name: str, key: str) 
 
 
 def _by_training(results: Sequence[Result], base: str, other: str, k: int) -> list[float]:
-    """Difference of the suites' accuracies for every seed and layer that both runs have on the same datasets."""
-    metric = f"sae_top_{k}_test_accuracy"
-    scores = {(r.run, *r.suite, r.seed, r.layer): overall_metrics(r.record)[metric] for r in results}
+    """Difference of the suites' accuracies for every seed and layer that both runs have on the same texts."""
+    name = metric_name("sae", k)
+    scores = {(r.run, r.suite, *r.texts.items(), r.seed, r.layer): _flat(r.record).get(name) for r in results}
     pairs = [(score, scores.get((base, *which))) for (run, *which), score in scores.items() if run == other]
     return [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
 
@@ -201,9 +224,8 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     return {**record, **overall_metrics(record), **controls}
 
 
-def _cell(records: list[dict[str, Any]], key: str, form: str) -> str:
-    values = [record.get(key) for record in records]
-    if None in values:
+def _spread(values: Sequence[float | None], form: str) -> str:
+    if not values or None in values:
         return "-"
     spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
     return form.format(statistics.fmean(values)) + spread

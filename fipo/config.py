@@ -11,6 +11,8 @@ from typing import Literal
 from fipo.method import LSH, Importance, Levels, Optimiser, Penalty, Reservoir
 from fipo.records import require
 
+BUDGETED = ("topk", "batchtopk")
+"""Architectures of which k latents are active a token; those of the others are as many as their penalty leaves."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Formats in which a language model runs."""
 
@@ -189,8 +191,8 @@ class RunConfig:
 
     @property
     def budgeted(self) -> bool:
-        """Are k latents active a token? Those of the dense architectures are as many as their penalty leaves."""
-        return self.architecture in ("topk", "batchtopk")
+        """Are k latents active a token?"""
+        return self.architecture in BUDGETED
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, "seed", self.seed, "zero or more")

@@ -6,7 +6,7 @@ Shapes: N texts, B tokens, T tasks (classes) of a dataset, M rows of a task, D m
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,12 +83,12 @@ def probe(
     seed: int,
     *,
     keep: bool = True,
-    harvested: Callable[[], None] = lambda: None,
+    harvested: Callable[[Collection[bool]], None] = lambda _: None,
 ) -> dict[str, list[DatasetScores]]:
     """Scores of every SAE on every dataset, beside the model's own channels and the controls.
 
     `keep`: keep the SAEs' pooled codes in the cache (the model's channels always are). `harvested` is called when the
-    token activations that are to be kept are on disk.
+    token activations that are to be kept are on disk, with whether each was made now and not found there.
     """
     for name, subject in subjects.items():
         check_fits(name, subject, lm, probing.ks)
@@ -98,7 +98,7 @@ def probe(
             for one in data:
                 stores[one.name] = probe_store(one, lm)
                 advance(len(one.texts), one.name)
-    harvested()
+    harvested([store.made for store in stores.values()])
     maps = _feature_maps(lm, data, stores, subjects, probing, seed, keep)
     results: dict[str, list[DatasetScores]] = {name: [] for name in subjects}
     streams = {name: plain_generator(seed) for name in subjects}

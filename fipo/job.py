@@ -6,7 +6,7 @@ not at all, and `final_info.json` last. One process at a time works in a folder.
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from fipo import report, runs
 from fipo.checkpoint import save_tensors
 from fipo.config import RunConfig
+from fipo.data.buffer import StoredSource
 from fipo.data.labelled import load_all
 from fipo.data.lm import LanguageModel
 from fipo.data.prepare import training_activations
@@ -46,6 +47,9 @@ class Phases:
     """Wall-clock seconds by phase."""
 
     def __init__(self) -> None:
+        self.harvested = True
+        """Did the harvest make all activations that were trained on, held out and kept of the probes' texts, and find
+        none on disk?"""
         self.seconds = {"set_up": 0.0, "harvest": 0.0, "training": 0.0, "probing": 0.0}
         self._last = time.monotonic()
 
@@ -54,6 +58,11 @@ class Phases:
         now = time.monotonic()
         self.seconds[phase] += now - self._last
         self._last = now
+
+    def harvest_ends(self, made: Collection[bool]) -> None:
+        """Count its time; `made`: was each of its stores made, and not found?"""
+        self.end("harvest")
+        self.harvested = self.harvested and all(made)
 
 
 def run(out_dir: Path, experiments: Path) -> None:
@@ -88,7 +97,7 @@ def run(out_dir: Path, experiments: Path) -> None:
         config = replace(config, workload=workload)
         phases.end("set_up")
         held_out, source = training_activations(workload.text, lm)
-        phases.end("harvest")
+        phases.harvest_ends([held_out.made, isinstance(source, StoredSource) and source.store.made])
         runs.save(config, out_dir)
         states = train_all(config, source, out_dir, device, stop)
         lines = last_lines(out_dir, workload.layers)
@@ -96,9 +105,7 @@ def run(out_dir: Path, experiments: Path) -> None:
         measures = {layer: measure(state, held_out, place) for place, (layer, state) in enumerate(states.items())}
         phases.end("training")
         subjects = {f"layer_{layer}": load_subject(out_dir / f"layer_{layer}", layer) for layer in states}
-        scores = probe(
-            lm, probed, subjects, workload.probing, config.seed, keep=False, harvested=lambda: phases.end("harvest")
-        )
+        scores = probe(lm, probed, subjects, workload.probing, config.seed, keep=False, harvested=phases.harvest_ends)
         phases.end("probing")
         origin = {**provenance(), "hardware": hardware(device), "activations": held_out.manifest["key"]}
         layers = {}
@@ -185,7 +192,7 @@ def finish(
     """Check that this is a result; write times, picture and, last, the record; print the table."""
     report.check_is_result(config, layers)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    write_json(out_dir / RUNTIME, {**phases.seconds, "peak_memory_gib": peak, **origin})
+    write_json(out_dir / RUNTIME, {**phases.seconds, "harvested": phases.harvested, "peak_memory_gib": peak, **origin})
     importance, batch = config.importance, config.workload.batch_tokens
     half_life = importance.half_life_tokens(batch) if importance else None
     report.draw(out_dir / LOG, out_dir / "training.png", title=f"{config.run}, {config.workload.name}")

@@ -57,7 +57,7 @@ def _run(
         record = {
             **sparse_probing_record(setting, accuracies(found), one.config),
             **extras(found, data),
-            "sae": {"name": one.name, "layer": one.layer, "run": one.run.get("run"), "seed": one.run.get("seed")},
+            "sae": one.described,
             **origin,
         }
         console.print(report.probing_table(one.name, record, {}, tasks=True))

@@ -12,10 +12,12 @@ from fipo.files import read_json, replacing
 from fipo.log import read_log
 from fipo.progress import say
 from fipo.results import FINAL, read_result
-from fipo.saebench import Setting, metric_name, overall_metrics, sparse_probing_record
+from fipo.saebench import Setting, dataset_metrics, metric_name, overall_metrics, sparse_probing_record
 from fipo.summary import accuracies, extras
 
 OUTCOMES = "probing_outcomes.safetensors"
+DECADES = 10
+"""Largest over smallest value from which a logarithmic axis has ticks at 1, 2 and 5 of every decade."""
 
 
 def probing_record(
@@ -95,25 +97,44 @@ def draw(log: Path, path: Path, title: str) -> None:
     for axis, (key, label, scale) in zip(axes.flat, panels, strict=False):
         for layer in layers:
             tokens = [line["tokens"] / 1e6 for line in by_layer[layer]]
-            axis.plot(tokens, [line[key] for line in by_layer[layer]], label=f"layer {layer}")
+            values, alone = [line[key] for line in by_layer[layer]], len(tokens) == 1
+            axis.plot(tokens, values, marker="o" if alone else None, label=f"layer {layer}")
         axis.set(title=label, xlabel="million tokens", yscale=scale)
         axis.grid(alpha=0.3)
+        if scale == "log":
+            _plain_ticks(axis.yaxis, [line[key] for line in lines])
+        if key == "dead_share":
+            axis.set_ylim(bottom=0)
     axes.flat[0].legend()
     last = by_layer[layers[-1]]
     counts = [line["max_cosine_histogram"] for line in last]
+    begin, end = last[0]["tokens"] / 1e6, last[-1]["tokens"] / 1e6
     axis = axes.flat[5]
     image = axis.imshow(
         list(zip(*counts, strict=True)),
         origin="lower",
         aspect="auto",
-        extent=(last[0]["tokens"] / 1e6, last[-1]["tokens"] / 1e6, 0, 1),
+        extent=(begin if begin < end else 0, end, 0, 1),
     )
     axis.set(title=f"max cosine of a latent, layer {layers[-1]}", xlabel="million tokens", ylabel="cosine")
+    for axis in axes.flat:
+        axis.locator_params(axis="x", nbins=5)
     figure.colorbar(image, ax=axis, label="latents, of at most 1,024")
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)
+
+
+def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
+    """A handful of ticks with plain numbers on a logarithmic axis; `values` are those on it."""
+    from matplotlib import ticker
+
+    positive = [value for value in values if value > 0]
+    wide = len(positive) > 0 and max(positive) > DECADES * min(positive)
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if wide else ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def print_results(out_dir: Path) -> None:
@@ -189,10 +210,9 @@ def _rows(record: dict[str, Any], tasks: bool) -> list[dict[str, Any]]:
     """Values by metric for every dataset (and class), and their means, each with its name."""
     controls = record["eval_result_controls"]
     rows = []
-    for entry in record["eval_result_details"]:
-        dataset = entry["dataset_name"].removesuffix("_results")
-        rows.append({"name": dataset, **entry, **controls["datasets"][dataset]})
-        by_metric = record["eval_result_unstructured"][entry["dataset_name"]] if tasks else {}
+    for dataset, metrics in dataset_metrics(record).items():
+        rows.append({"name": dataset, **metrics, **controls["datasets"][dataset]})
+        by_metric = record["eval_result_unstructured"][metrics["dataset_name"]] if tasks else {}
         classes = next(iter(by_metric.values()), {})
         rows += [{"name": f"  {label}", **{m: values[label] for m, values in by_metric.items()}} for label in classes]
     return [*rows, {"name": "mean", **overall_metrics(record), **controls["mean"]}]

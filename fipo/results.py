@@ -1,12 +1,14 @@
 """Result files, read as what others may have written: the record of a run or a probing, or one clear line why not."""
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fipo.errors import UserError
 from fipo.files import read_json
+from fipo.saebench import OTHER_KS, dataset_metrics, metric_name, overall_metrics
 
 FINAL, RUNTIME = "final_info.json", "runtime.json"
 RESULT_SUFFIX, OUTCOMES_SUFFIX = "_eval_results.json", "_outcomes.safetensors"
@@ -77,6 +79,8 @@ def read_runtime(folder: Path) -> dict[str, Any]:
         return {}
     record = read_json(file)
     _check(file, "", record, {"harvest": MEASURE, "training": MEASURE, "hardware": dict})
+    if "harvested" in record:
+        _check(file, "harvested", record["harvested"], bool)
     return record
 
 
@@ -115,10 +119,12 @@ def _refused_as(file: Path, what: str) -> Iterator[None]:
 
 
 def _check_trained(file: Path, sae: dict[str, Any]) -> None:
-    """Run and seed are null for an SAE from elsewhere."""
+    """Run and seed are null for an SAE from elsewhere, and its config is empty, as that of an older result."""
     for key, kind in (("run", str), ("seed", int)):
         if sae.get(key) is not None:
             _check(file, f"sae.{key}", sae[key], kind)
+    _check(file, "sae.config", config := sae.setdefault("config", {}), dict)
+    _check(file, "sae.config", config, dict.fromkeys(config, str))
 
 
 def _check_accuracies(file: Path, path: str, record: dict[str, Any]) -> None:
@@ -136,12 +142,36 @@ def _check_accuracies(file: Path, path: str, record: dict[str, Any]) -> None:
         for key, value in row.items():
             if key != "dataset_name" and value is not None:
                 _check(file, f"{path}eval_result_{place}.{key}", value, SHARE)
-        wanted = [f"{who}_top_{k}_test_accuracy" for who in ("llm", "sae") for k in record["eval_config"]["k_values"]]
-        for key in wanted:
-            if key.startswith(place[-3:] if place.startswith("metrics") else key) and row.get(key) is None:
-                raise UserError(f"{file}: {path}eval_result_{place} lacks {key}")
+    _check_other_ks(file, path, record)
+    asked = [metric_name(who, k) for k in record["eval_config"]["k_values"] for who in ("llm", "sae")]
+    given = {"metrics": overall_metrics(record)}
+    given |= {f"details of {dataset}": values for dataset, values in dataset_metrics(record).items()}
+    for (place, values), name in itertools.product(given.items(), asked):
+        if values.get(name) is None:
+            raise UserError(f"{file}: {path}eval_result_{place} lacks {name}")
     if "eval_result_controls" in record:
         _check_controls(file, path, record)
+    _check_protocol(file, path, record)
+
+
+def _check_other_ks(file: Path, path: str, record: dict[str, Any]) -> None:
+    """Accuracies for k that SAEBench's schema does not have; none where all have a place in it."""
+    if OTHER_KS in record:
+        path = f"{path}{OTHER_KS}"
+        _check(file, path, record[OTHER_KS], {"mean": dict, "datasets": dict})
+        for place, values in {"mean": record[OTHER_KS]["mean"], **record[OTHER_KS]["datasets"]}.items():
+            _check(file, f"{path}.{place}", values, dict)
+            _check(file, f"{path}.{place}", values, dict.fromkeys(values, SHARE))
+
+
+def _check_protocol(file: Path, path: str, record: dict[str, Any]) -> None:
+    """How it was probed and on which texts, where it tells: older results do not."""
+    if "eval_result_protocol" in record:
+        protocol = dict.fromkeys(("rng", "pooling"), str)
+        _check(file, f"{path}eval_result_protocol", record["eval_result_protocol"], protocol)
+    if "eval_result_datasets" in record:
+        described = dict.fromkeys(("dataset_name", "selected_texts_sha256"), str)
+        _check(file, f"{path}eval_result_datasets", record["eval_result_datasets"], [described])
 
 
 def _check_controls(file: Path, path: str, record: dict[str, Any]) -> None:

@@ -12,6 +12,9 @@ from fipo.config import Probing
 
 SCHEMA_KS = (1, 2, 5, 10, 20, 50, 100)
 PROBED_BY = ("llm", "sae")
+OTHER_KS = "eval_result_other_ks"
+"""Key of our own for what the k that SAEBench's schema does not have would say under its keys: `mean` over datasets,
+and each of the `datasets`. Absent where there is no such k."""
 
 
 class Setting(NamedTuple):
@@ -34,15 +37,11 @@ def sparse_probing_record(
     """The record of one SAE. `accuracies`: dataset -> metric (`sae_top_1_test_accuracy` ...) -> class -> accuracy;
     `sae_config`: content of its cfg.json."""
     probing = setting.probing
-    details = [
-        {"dataset_name": f"{dataset}_results", **_schema({name: _mean(by_class) for name, by_class in metrics.items()})}
+    means = {
+        dataset: {name: _mean(by_class) for name, by_class in metrics.items()}
         for dataset, metrics in accuracies.items()
-    ]
-    overall = {
-        name: _mean({entry["dataset_name"]: entry[name] for entry in details})
-        for name in details[0]
-        if name != "dataset_name" and details[0][name] is not None
     }
+    overall = {name: _mean({dataset: of[name] for dataset, of in means.items()}) for name in next(iter(means.values()))}
     complete = _schema(overall)
     metadata = sae_config.get("metadata", {})
     return {
@@ -65,7 +64,7 @@ def sparse_probing_record(
         "eval_result_metrics": {
             who: {name: value for name, value in complete.items() if name.startswith(who)} for who in PROBED_BY
         },
-        "eval_result_details": details,
+        "eval_result_details": [{"dataset_name": f"{dataset}_results", **_schema(of)} for dataset, of in means.items()],
         "sae_bench_commit_hash": setting.commit,
         "sae_lens_id": "custom_sae",
         "sae_lens_release_id": setting.release,
@@ -79,6 +78,8 @@ def sparse_probing_record(
             "training_tokens": setting.training_tokens,
         },
         "eval_result_unstructured": {f"{dataset}_results": metrics for dataset, metrics in accuracies.items()},
+        "eval_result_protocol": {"rng": probing.rng, "pooling": probing.pooling},
+        **_other_ks(overall, means),
     }
 
 
@@ -88,14 +89,29 @@ def metric_name(who: str, k: int | None) -> str:
 
 
 def overall_metrics(record: dict[str, Any]) -> dict[str, Any]:
-    """The means over datasets of a record, the model's and the SAE's in one."""
-    return {**record["eval_result_metrics"]["llm"], **record["eval_result_metrics"]["sae"]}
+    """The means over datasets of a record, the model's and the SAE's in one, of every k."""
+    others = record.get(OTHER_KS, {}).get("mean", {})
+    return {**record["eval_result_metrics"]["llm"], **record["eval_result_metrics"]["sae"], **others}
+
+
+def dataset_metrics(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Dataset -> the same of that dataset."""
+    others = record.get(OTHER_KS, {}).get("datasets", {})
+    rows = {row["dataset_name"].removesuffix("_results"): row for row in record["eval_result_details"]}
+    return {dataset: {**row, **others.get(dataset, {})} for dataset, row in rows.items()}
 
 
 def _schema(values: dict[str, float]) -> dict[str, float | None]:
     """All names of the schema in its order; None for what was not computed."""
     names = [metric_name(who, k) for who in PROBED_BY for k in (None, *SCHEMA_KS)]
     return {name: values.get(name) for name in names}
+
+
+def _other_ks(overall: dict[str, float], means: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What the schema has no names for; nothing where there is no such k."""
+    names = overall.keys() - _schema({}).keys()
+    mean, *of_each = ({name: of[name] for name in of if name in names} for of in (overall, *means.values()))
+    return {OTHER_KS: {"mean": mean, "datasets": dict(zip(means, of_each, strict=True))}} if names else {}
 
 
 def _mean(values: dict[str, float]) -> float:

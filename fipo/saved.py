@@ -15,6 +15,7 @@ from fipo.config import Dtype
 from fipo.data.lm import LanguageModel
 from fipo.errors import UserError
 from fipo.files import read_json
+from fipo.names import flat
 from fipo.yamlfile import read_yaml
 
 DTYPES = get_args(Dtype)
@@ -34,6 +35,12 @@ class Saved(NamedTuple):
     """Content of its cfg.json."""
     run: dict[str, Any]
     """The config of the run it is from; empty for an SAE from elsewhere."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a result says of it; `config` is what tells its run from others of the name (fipo.names)."""
+        origin = {key: self.run.get(key) for key in ("run", "seed")}
+        return {"name": self.name, "layer": self.layer, **origin, "config": flat(self.run)}
 
 
 def find_saved(folders: Sequence[Path]) -> list[Saved]:

@@ -1,20 +1,22 @@
 """Results of the second suite side by side, as Markdown made from their result files alone.
 
 Results of one name and layer are seeds of one another: the table gives mean ± standard deviation over them. Below it
-each is set against the one given first, dataset by dataset: a dataset's difference is the mean over the seeds that both
-have, and the standard error is over the datasets, which says what other datasets would change, not what other trainings
-would. Reads the folders that `fipo probe --suite sae-probes --out` writes.
+each is set against the one given first, in a sweep at the same sparsity, dataset by dataset: a dataset's difference is
+the mean over the seeds that both have, and the standard error is over the datasets, which says what other datasets
+would change, not what other trainings would. Reads the folders that `fipo probe --suite sae-probes --out` writes.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fipo.errors import UserError
+from fipo.names import CONTROLS, bases, sparsity_of, told_apart, with_sparsity
 from fipo.results import SUITE_METRICS, SUITE_RESULT_SUFFIX, read_suite_result
 
-CONTROLS = {"llm": "channels of the model", "random": "random SAE"}
+MEASURED = ("model", "dtype", "context", "random_seed")
+"""What a score depends on beside the SAE and the datasets."""
 
 Scores = dict[str, dict[str, dict[str, dict[str, Any]]]]
 """dataset -> `sae`, `llm` or `random` -> k -> metric -> value"""
@@ -29,6 +31,12 @@ class Result(NamedTuple):
     scores: Scores
     ks: list[int]
     origin: str
+    measured: tuple[Any, ...]
+    """Model, its format, the context and the seed of the splits; None where an older file does not say."""
+    setting: str
+    """Of sparsity (fipo.names), as far as the file says."""
+    config: dict[str, str]
+    """The flat config of the run it is of, empty where the file holds none."""
 
 
 def holds_suite(folder: Path) -> bool:
@@ -37,22 +45,32 @@ def holds_suite(folder: Path) -> bool:
 
 
 def suite_report(folders: Sequence[Path]) -> str:
-    """The table of all results in `folders`, the differences from the first, and where the numbers come from."""
+    """The table of all results in `folders`, the differences of each from what it is set against, and where the numbers
+    come from."""
     results = [_read(file) for folder in folders for file in sorted(folder.glob(f"*{SUITE_RESULT_SUFFIX}"))]
+    results = _renamed(results, told_apart([one.run for one in results], [one.config for one in results]))
+    named = [one.run for one in results], [one.setting for one in results]
+    results, against = _renamed(results, with_sparsity(*named)), bases(*named)
     _refuse_what_differs(results)
     seeds = {run: sorted({one.seed for one in results if one.run == run}) for run in {one.run: None for one in results}}
     told = "; ".join(f"{run}: {', '.join(map(str, of))}" for run, of in seeds.items())
     notes = f"Mean ± standard deviation over seeds ({told}); differences ± standard error over the datasets."
     origins = "\n".join(f"- {origin}" for origin in sorted({one.origin for one in results}))
     made = "Made by `fipo compare` from result files of:\n"
-    return "\n".join([*_table(results), *_differences(results), f"{notes} {made}", origins]) + "\n"
+    return "\n".join([*_table(results), *_differences(results, against), f"{notes} {made}", origins]) + "\n"
 
 
 def _read(file: Path) -> Result:
     record = read_suite_result(file)
     sae, origin = record["sae"], f"git {record['git_revision'][:12]}, {record['hardware']['cpu']}"
     ks = [int(k) for k in record["mean"]["sae"]]
-    return Result(sae.get("run") or sae["name"], sae.get("seed") or 0, sae["layer"], record["results"], ks, origin)
+    run, seed, config = sae.get("run") or sae["name"], sae.get("seed") or 0, sae["config"]
+    measured = tuple(record.get(key) for key in MEASURED)
+    return Result(run, seed, sae["layer"], record["results"], ks, origin, measured, sparsity_of(config), config)
+
+
+def _renamed(results: Sequence[Result], names: Sequence[str]) -> list[Result]:
+    return [one._replace(run=name) for one, name in zip(results, names, strict=True)]
 
 
 def _refuse_what_differs(results: Sequence[Result]) -> None:
@@ -63,12 +81,15 @@ def _refuse_what_differs(results: Sequence[Result]) -> None:
             raise UserError(f"the result of {which} is given twice; leave one out")
         if (one.ks, one.scores.keys()) != (results[0].ks, results[0].scores.keys()):
             raise UserError(f"the result of {which} has other datasets or k than the first; compare them apart")
+        for key, value, first in zip(MEASURED, one.measured, results[0].measured, strict=True):
+            if value != first and None not in (value, first):
+                raise UserError(f"the result of {which} is at {key} {value}, the first at {first}; compare them apart")
         seen.add(which)
 
 
 def _table(results: Sequence[Result]) -> list[str]:
     rows = {(run, layer, "sae"): group for (run, layer), group in _grouped(results).items()}
-    for who, title in CONTROLS.items():
+    for who, title in ((who, CONTROLS[who]) for who in ("llm", "random")):
         for layer in sorted({one.layer for one in results}):
             rows[title, layer, who] = [one for one in results if one.layer == layer]
     lines = _head(f"{len(results[0].scores)} datasets", results)
@@ -78,11 +99,12 @@ def _table(results: Sequence[Result]) -> list[str]:
     return [*lines, ""]
 
 
-def _differences(results: Sequence[Result]) -> list[str]:
-    base, lines = results[0].run, []
+def _differences(results: Sequence[Result], against: Mapping[str, str]) -> list[str]:
+    lines = []
     for (run, layer), group in _grouped(results).items():
+        base = against.get(run)
         first = {one.seed: one for one in results if (one.run, one.layer) == (base, layer)}
-        pairs = [(one, first[one.seed]) for one in group if run != base and one.seed in first]
+        pairs = [(one, first[one.seed]) for one in group if one.seed in first]
         if pairs:
             cells = (_difference(pairs, *column) for column in _columns(results))
             lines.append(f"| {run} - {base} | {layer} | {' | '.join(cells)} |")

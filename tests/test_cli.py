@@ -1,6 +1,7 @@
 """The command `fipo`: probing saved SAEs end to end, comparing results, and one line for every mistake."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -16,6 +17,8 @@ from fipo.export import save_sae
 from fipo.sae import SAE
 from fipo.sae_probes_suite import SuiteDataset
 from fipo.saved import find_saved
+from fipo.yamlfile import write_yaml
+from tests.test_compare import finished
 
 
 @pytest.fixture
@@ -56,7 +59,7 @@ def test_probes_runs_and_single_saes_in_one_go(saved, labelled_folders, capsys):
     assert files == {f"{n}{suffix}" for n in names for suffix in ("_eval_results.json", "_outcomes.safetensors")}
     record = json.loads((out / "run_3_layer_1_eval_results.json").read_text())
     assert record["eval_type_id"] == "sparse_probing" and record["eval_config"]["dataset_names"] == ["topics", "more"]
-    assert record["sae"] == {"name": "run_3/layer_1", "layer": 1, "run": "run_3", "seed": 42}
+    assert record["sae"] == {"name": "run_3/layer_1", "layer": 1, "run": "run_3", "seed": 42, "config": {}}
     assert record["sae_cfg_dict"]["hook_layer"] == 1 and record["git_revision"] and record["versions"]["torch"]
     right_TM = load_tensors(out / "run_3_layer_1_outcomes.safetensors")["topics/sae_top_5/right_TM"]
     mean = record["eval_result_details"][0]["sae_top_5_test_accuracy"]
@@ -95,6 +98,35 @@ def test_comparing_results(saved, labelled_folders, capsys):
     assert low <= mean <= high < 0
     assert sum("| topics |" in line for line in lines) == 2  # two runs: each dataset as well
     assert "run_3: 42; run_9: 42" in "\n".join(lines)
+
+
+def test_a_k_beyond_saebenchs_is_shown_and_compared(saved, labelled_folders, capsys):
+    given = ["probe", str(saved / "other"), "--datasets", *map(str, labelled_folders), *SIZES[2:], "--k", "1,3"]
+    assert main([*given, "--out", str(saved / "out")]) == 0
+    means = [line.split("│") for line in capsys.readouterr().out.splitlines() if "mean  " in line]
+    assert len(means) == 1 and all("-" not in cell for cell in means[0])
+    assert main(["compare", str(saved / "out")]) == 0
+    assert "| SAE top-3 | LLM top-3 | PCA top-3 | random top-3 |" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small_suite")
+@pytest.mark.parametrize("suite", [["--suite", "sae-probes", "--k", "1"], None])
+def test_runs_probed_and_compared_are_told_apart_as_runs_are(suite, saved, labelled_folders, capsys):
+    """A sweep of one seed, and a second seed that differs in more."""
+    runs = {"a": {"k": 4}, "b": {"k": 8}, "c": {"k": 4, "penalty": {"kind": "ortsae"}, "seed": 43}}
+    for name, values in runs.items():
+        shutil.copytree(saved / "run_3" / "layer_1", saved / name / "layer_1")
+        config = {"run": "run_8", "seed": 42, "architecture": "topk", "workload": {"k": values.pop("k")}, **values}
+        write_yaml(saved / name / "config.yaml", config)
+    given = suite or ["--datasets", *map(str, labelled_folders), *SIZES]
+    out = saved / "out"
+    assert main(["probe", *(str(saved / name) for name in runs), *given, "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["compare", str(out)]) == 0
+    table = capsys.readouterr().out.partition("difference")[0].splitlines()
+    for name in ("run_8, k 4 |", "run_8, k 8 |", "run_8, penalty.kind ortsae |"):
+        (row,) = (line for line in table if name in line)
+        assert "±" not in row
 
 
 def mistake(case, saved, labelled):
@@ -241,6 +273,17 @@ def test_the_cache_tells_saes_of_the_same_weights_apart(saved, labelled_folders,
 def test_compare_needs_results(tmp_path, capsys):
     assert main(["compare", str(tmp_path)]) == 2
     assert "holds no final_info.json" in capsys.readouterr().err
+
+
+def test_a_reader_who_leaves_is_no_error(tmp_path, monkeypatch, capsys):
+    """As `head`, which has read what it wants; the picture is drawn all the same."""
+    folder, picture = finished(tmp_path / "a", "run_6", 1, 0.3), tmp_path / "a.png"
+    reading, writing = os.pipe()
+    os.close(reading)
+    with monkeypatch.context() as patch, os.fdopen(writing, "w") as left:
+        patch.setattr("sys.stdout", left)
+        assert main(["compare", str(folder), "--picture", str(picture)]) == 141
+    assert picture.exists() and capsys.readouterr() == ("", "")
 
 
 @pytest.fixture

@@ -8,7 +8,10 @@ import torch
 
 from fipo.checkpoint import save_tensors
 from fipo.compare import pareto_points, report
+from fipo.config import Probing
 from fipo.errors import UserError
+from fipo.saebench import OTHER_KS, Setting, metric_name, sparse_probing_record
+from fipo.yamlfile import write_yaml
 
 EVALUATED = {"dataset_names": ["a"], "k_values": [1]}
 
@@ -36,7 +39,7 @@ def test_seeds_of_one_run_become_a_mean_and_a_spread(tmp_path):
     folders = [finished(tmp_path / f"s{seed}", "run_3", seed, fvu) for seed, fvu in ((1, 0.2), (2, 0.3), (3, 0.4))]
     folders.append(finished(tmp_path / "other", "run_0", 1, 0.5))
     lines = report(folders).splitlines()
-    assert lines[2].startswith("| minilm | run_0 | 3 | 0.500 | 32.0 | 1.00% | 0.250 | 0.700 | 0.600 | - |")
+    assert lines[2].startswith("| minilm | run_0 | 3 | 0.500 | 32.0 | 1.00% | 0.250 | 0.700 | 0.600 |")
     assert lines[3].startswith("| minilm | run_3 | 3 | 0.300 ± 0.100 | 32.0 ± 0.0 |")
     assert "run_0: 1; run_3: 1, 2, 3" in report(folders)
 
@@ -57,7 +60,7 @@ def test_the_table_is_markdown_and_three_runs_are_compared_as_a_whole_only(tmp_p
         [" run_3 - run_0 ", " 3 ", " all "],
         [" run_6 - run_0 ", " 3 ", " all "],
     ]
-    assert "+0.300 [" in compared[0] and "+0.500 [" in compared[1] and compared[0].endswith("| - |")
+    assert "+0.300 [" in compared[0] and "+0.500 [" in compared[1]
     both = [line for line in report(folders[:2]).splitlines() if line.startswith("| run_3 - run_0")]
     assert [line.split("|")[3].strip() for line in both] == ["all", "topics"]
 
@@ -89,7 +92,7 @@ def test_over_trainings_the_spread_is_that_of_the_differences(tmp_path):
         for seed, top_1 in enumerate(of)
     ]
     folders.append(finished(tmp_path / "alone", "run_6", 9, 0.3, 0.1))
-    assert "| run_6 - run_8 | all | all, over 3 trainings | +0.020 ± 0.006 | - |" in report(folders)
+    assert "| run_6 - run_8 | all | all, over 3 trainings | +0.020 ± 0.006 |" in report(folders)
     assert "trainings" not in report([folders[0], folders[3]])
 
 
@@ -194,9 +197,53 @@ def test_only_what_was_scored_on_the_same_datasets_is_compared_over_trainings(tm
     assert "trainings" not in report([*base, *[rescored(folder, ["b"], 0.9) for folder in other[:2]]])
 
 
+def probed_at(folder, scores):
+    """The run in `folder`, probed at the k of `scores` (k -> accuracy)."""
+    info = json.loads((folder / "final_info.json").read_text())
+    for layer in info["layers"].values():
+        layer["eval_config"] = {"dataset_names": ["a"], "k_values": list(scores)}
+        by_class = {metric_name(who, k): {"x": score} for who in ("sae", "llm") for k, score in scores.items()}
+        asked = Setting(Probing(datasets=("a",), ks=tuple(scores)), 1, "m", "float32", 16, "x", None, "abc")
+        record = sparse_probing_record(asked, {"a": by_class}, {"architecture": "topk"})
+        layer |= {key: record[key] for key in record if key in (OTHER_KS, "eval_result_metrics", "eval_result_details")}
+    (folder / "final_info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("ks", "shown"),
+    [
+        (((1, 5), (1, 3)), (1, 5)),
+        (((2, 10), (2, 4, 10)), (2, 10)),
+        (((1, 2, 3), (1, 3)), (1, 3)),
+        (((2, 5),), (2, 5)),
+        (((3,),), (3,)),
+        (((2, 3), (4, 6)), (2, 6)),
+    ],
+)
+def test_top_1_and_top_5_or_the_ends_of_what_all_have(tmp_path, ks, shown):
+    folders = [
+        probed_at(finished(tmp_path / f"{seed}", "run_6", seed, 0.3, k=8), {k: k / 20 for k in of})
+        for seed, of in enumerate(ks)
+    ]
+    for folder in folders:
+        answers = {f"a/sae_top_{k}/right_TM": torch.ones(2, 4, dtype=torch.bool) for k in range(10)}
+        save_tensors(
+            folder / "layer_3" / "probing_outcomes.safetensors", answers | {"a/rows_TM": torch.arange(8).view(2, 4)}
+        )
+    head, _, row = report(folders).splitlines()[:3]
+    assert [cell.strip() for cell in head.split("|") if "SAE" in cell] == [f"SAE top-{k}" for k in shown]
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    for k in shown:
+        assert cells[f"SAE top-{k}"].startswith(f"{k / 20:.3f}" if all(k in of for of in ks) else "-")
+    assert {point.panel for point in pareto_points(folders)} == {f"top-{shown[0]} of sparse probing, minilm, layer 3"}
+    assert pareto_points(folders)[0].score == shown[0] / 20
+
+
 def test_answers_of_k_5_alone_are_compared(tmp_path):
     folders = [finished(tmp_path / run, run, 1, 0.3) for run in ("run_8", "run_6")]
     for number, folder in enumerate(folders):
+        probed_at(folder, {1: 0.7, 5: 0.8})
         rows_TM = torch.arange(4).repeat(2, 1)
         answers = {"topics/rows_TM": rows_TM, "topics/sae_top_5/right_TM": rows_TM < 2 + number}
         save_tensors(folder / "layer_3" / "probing_outcomes.safetensors", answers)
@@ -217,8 +264,8 @@ def test_answers_of_another_shape_are_damage(tmp_path):
         report(folders)
 
 
-def timed(folder, training, harvest=10.0, cpu="some"):
-    times = {"harvest": harvest, "training": training, "hardware": {"cpu": cpu}}
+def timed(folder, training, harvest=10.0, cpu="some", **more):
+    times = {"harvest": harvest, "training": training, "harvested": True, "hardware": {"cpu": cpu}, **more}
     (folder / "runtime.json").write_text(json.dumps(times))
 
 
@@ -236,6 +283,21 @@ def test_times_are_ratios_to_the_run_given_first_seed_by_seed(tmp_path):
         report(folders)
     (tmp_path / "run_6_1" / "runtime.json").write_text("[]")
     with pytest.raises(UserError, match=r"runtime\.json: the record is \[\]"):
+        report(folders)
+
+
+def test_a_harvest_that_was_found_on_disk_took_no_time(tmp_path):
+    """One that does not say whether it was is none to be compared either."""
+    folders = [finished(tmp_path / f"{run}_{seed}", run, seed, 0.3) for run in ("run_0", "run_6") for seed in (1, 2)]
+    for folder, harvest in zip(folders, (10.0, 10.0, 20.0, 0.1), strict=True):
+        timed(folder, 5.0, harvest, harvested=harvest > 1)
+    assert "| run_6 / run_0 | 2.00 | 1.00 ± 0.00 |" in report(folders)
+    times = json.loads((folders[2] / "runtime.json").read_text())
+    del times["harvested"]
+    (folders[2] / "runtime.json").write_text(json.dumps(times))
+    assert "| run_6 / run_0 | - | 1.00 ± 0.00 |" in report(folders)
+    timed(folders[2], 5.0, harvested="yes")
+    with pytest.raises(UserError, match=r"runtime\.json: harvested is 'yes'; expected bool"):
         report(folders)
 
 
@@ -262,3 +324,87 @@ def test_runs_of_other_layers_are_not_timed_against_each_other(tmp_path):
     info["layers"]["5"] = {**info["layers"]["3"], "layer": 5}
     (folders[1] / "final_info.json").write_text(json.dumps(info))
     assert "| ratio |" not in report(folders)
+
+
+def measured(folder, texts=None, protocol=None, **asked):
+    """The run in `folder`, whose result says how and on which texts (dataset -> SHA-256) it was scored."""
+    info = json.loads((folder / "final_info.json").read_text())
+    for layer in info["layers"].values():
+        layer["eval_config"] = {**layer["eval_config"], **asked}
+        layer["eval_result_protocol"] = protocol or {"rng": "fipo", "pooling": "float32"}
+        layer["eval_result_datasets"] = [
+            {"dataset_name": name, "selected_texts_sha256": sha} for name, sha in (texts or {"a": "0" * 64}).items()
+        ]
+    (folder / "final_info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"probe_test_set_size": 80}, ["; test texts 60", "; test texts 80"]),
+        ({"context_length": 64}, ["; context 128", "; context 64"]),
+        ({"model_name": "gpt"}, ["; model bert", "; model gpt"]),
+        ({"protocol": {"rng": "saebench", "pooling": "float32"}}, ["; rng fipo", "; rng saebench"]),
+        ({"protocol": {"rng": "fipo", "pooling": "bfloat16"}}, ["; pooling bfloat16", "; pooling float32"]),
+    ],
+)
+def test_what_was_measured_in_another_way_is_no_seed_and_no_pair(tmp_path, change, names):
+    usual = {"probe_test_set_size": 60, "context_length": 128, "model_name": "bert"}
+    runs = (("first", "run_6", 1), ("second", "run_6", 2), ("other", "run_8", 2))
+    folders = [measured(finished(tmp_path / name, run, seed, 0.3), **usual) for name, run, seed in runs]
+    for folder in folders:
+        answered(folder, torch.arange(4).repeat(2, 1) < 2, name="a")
+    assert "| minilm | run_6 | 3 | 0.300 ± 0.000" in report(folders) and "| run_8 - run_6 | 3 |" in report(folders)
+    measured(folders[1], **(usual | change))
+    text = report(folders)
+    assert {line.split(" | ")[0].removeprefix("| minilm") for line in text.splitlines() if "| minilm" in line} == (
+        set(names)
+    )
+    assert "±" not in text.partition("Mean")[0] and "| run_8 - run_6 |" not in text
+    assert {point.panel.split(", ")[1].removeprefix("minilm") for point in pareto_points(folders)} == set(names)
+
+
+def test_only_answers_to_the_same_texts_are_paired(tmp_path):
+    """Of rows of the same numbers: the texts behind them may be others."""
+    folders = []
+    for run, draw in (("run_8", 1), ("run_6", 2)):
+        for seed in (1, 2):
+            folder = measured(finished(tmp_path / f"{run}{seed}", run, seed, 0.3), random_seed=seed)
+            folders.append(answered(folder, torch.arange(4).repeat(2, 1) < draw, name="a"))
+    assert "| run_6 - run_8 | all | all, over 2 trainings |" in report(folders)
+    for folder, seed in zip(folders[2:], (3, 4), strict=True):
+        measured(folder, {"a": "1" * 64}, random_seed=seed)
+    assert "| run_6 - run_8 |" not in report(folders)
+
+
+def test_one_name_for_two_datasets_is_refused(tmp_path):
+    folders = [measured(finished(tmp_path / run, run, 1, 0.3), random_seed=1) for run in ("run_8", "run_6")]
+    measured(folders[1], {"a": "f" * 64}, random_seed=1)
+    measured(folders[0], random_seed=[])
+    assert "| run_6 |" in report(folders), "drawn by another seed"
+    measured(folders[0], random_seed=1)
+    with pytest.raises(UserError, match=r"scored on other texts of a \(.* ffffffff and 00000000\); compare them apart"):
+        report(folders)
+
+
+def test_how_an_old_run_was_probed_is_in_its_config(tmp_path):
+    folders = [finished(tmp_path / name, "run_6", seed, 0.3) for seed, name in enumerate(("a", "b"))]
+    for folder, rng in zip(folders, ("fipo", "saebench"), strict=True):
+        write_yaml(folder / "config.yaml", {"run": "run_6", "workload": {"probing": {"rng": rng, "cached": rng == ""}}})
+    assert "| minilm; rng fipo | run_6 |" in report(folders) and "| minilm; rng saebench | run_6 |" in report(folders)
+
+
+def test_a_sweep_is_set_against_the_first_run_at_the_same_sparsity(tmp_path):
+    """In differences and in times."""
+    folders = []
+    for run, factor in (("run_8", 1), ("run_6", 2)):
+        for k in (16, 32):
+            folder = answered(finished(tmp_path / f"{run}{k}", run, 1, 0.3, k=k), torch.arange(8).view(2, 4) < factor)
+            timed(folder, training=k * factor)
+            folders.append(folder)
+    lines = report(folders).splitlines()
+    pairs = [line.split("|")[1].strip() for line in lines if " - run_8" in line]
+    assert pairs == ["run_8, k 32 - run_8, k 16", "run_6, k 16 - run_8, k 16", "run_6, k 32 - run_8, k 32"]
+    for line in ("run_8, k 32 / run_8, k 16", "run_6, k 16 / run_8, k 16", "run_6, k 32 / run_8, k 32"):
+        assert f"| {line} | 1.00 | 2.00 |" in lines

@@ -93,9 +93,12 @@ def test_one_pass_for_all_and_none_the_second_time(lm, data, monkeypatch):
 
 
 def test_tokens_on_disk_or_straight_from_the_model_are_the_same(lm, data):
-    live, stored = (
-        probe(lm, data, {"a": subject()}, with_(cached=cached), 5, keep=False)["a"] for cached in (False, True)
+    made = []
+    live, stored, _ = (
+        probe(lm, data, {"a": subject()}, with_(cached=cached), 5, keep=False, harvested=made.append)["a"]
+        for cached in (False, True, True)
     )
+    assert made == [[], [True, True], [False, False]]
     for one, two in zip(live, stored, strict=True):
         for who in ("sae", "llm", "pca"):
             assert one.scores[who].right[5].equal(two.scores[who].right[5])

@@ -36,8 +36,8 @@ FINAL_KEYS = (
     "held_out_tokens "
     "dead_share mean_max_cosine eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics "
     "eval_result_details sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict "
-    "eval_result_unstructured eval_result_datasets eval_result_controls eval_result_statistics run workload seed "
-    "importance_half_life_tokens git_revision versions hardware activations layers"
+    "eval_result_unstructured eval_result_protocol eval_result_datasets eval_result_controls eval_result_statistics "
+    "run workload seed importance_half_life_tokens git_revision versions hardware activations layers"
 )
 LOG_KEYS = (
     "step tokens layer loss reconstruction sparsity auxiliary orthogonality fvu l0 dead_share sigma_quantiles "
@@ -178,6 +178,7 @@ def test_runtime(finished):
     times = read_json(finished / "runtime.json")
     phases = ["set_up", "harvest", "training", "probing"]
     assert list(times)[:4] == phases and all(times[phase] > 0 for phase in phases)
+    assert times["harvested"] is True, "nothing was in its cache"
     assert 0.05 < times["peak_memory_gib"] < 6 and times["hardware"]["threads"] >= 1
 
 
@@ -267,6 +268,15 @@ def test_interrupted_twice_and_in_probing(tmp_path, finished, values, monkeypatc
     start(out_dir, values)
     assert weights(out_dir) == weights(finished)
     assert log(out_dir, timeless=True) == log(finished, timeless=True)
+    assert read_json(out_dir / "runtime.json")["harvested"] is False, "the cache was there"
+
+
+def test_a_harvest_of_which_a_part_was_found_is_no_whole_one():
+    for parts, whole in (([[True, True], [True]], True), ([[True, True], [False]], False), ([[False], [True]], False)):
+        phases = job.Phases()
+        for made in parts:
+            phases.harvest_ends(made)
+        assert phases.harvested is whole and phases.seconds["harvest"] > 0
 
 
 def test_half_written_log_line_is_dropped_on_resume(tmp_path, finished, values, monkeypatch):

@@ -2,7 +2,7 @@
 
 from fipo.compare import report
 from fipo.config import RunConfig
-from fipo.names import NOT_COMPARED, SPARSITY, additions, flat
+from fipo.names import NOT_COMPARED, SPARSITY, additions, bases, flat, sparsity_of, told_apart, with_sparsity
 from fipo.records import to_dict
 from fipo.workloads import MINILM
 from fipo.yamlfile import write_yaml
@@ -47,6 +47,35 @@ def test_what_is_not_compared_is_part_of_a_config():
     assert {key for key in NOT_COMPARED if key in whole or key.removeprefix("workload.") in whole["workload"]} == (
         NOT_COMPARED
     )
+
+
+def test_names_of_runs():
+    """One name, two configs of it, and a sweep."""
+    low, high, ortsae = ({"workload.k": k, "penalty": on} for k, on in (("16", "off"), ("32", "off"), ("32", "on")))
+    assert told_apart(["run_8", "run_6", "run_8"], [low, ortsae, high]) == ["run_8", "run_6", "run_8"]
+    names = told_apart(["run_8", "run_8", "run_6", "run_8"], [low, high, high, ortsae])
+    assert names == ["run_8, penalty off", "run_8, penalty off", "run_6", "run_8, penalty on"]
+    assert with_sparsity(names, ["k 16", "k 32", "k 32", ""]) == [
+        *("run_8, penalty off, k 16", "run_8, penalty off, k 32", "run_6", "run_8, penalty on")
+    ]
+
+
+def test_what_a_run_of_a_sweep_is_set_against():
+    """The first run's own settings against its first; a setting that it lacks too."""
+    assert bases(["a", "a", "b", "b", "b"], ["k 16", "k 32", "k 16", "k 32", "k 64"]) == {
+        **{"a, k 32": "a, k 16", "b, k 16": "a, k 16", "b, k 32": "a, k 32", "b, k 64": "a, k 16"}
+    }
+    assert bases(["a", "a", "b", "c"], ["k 16", "k 32", "k 32", ""]) == {
+        **{"a, k 32": "a, k 16", "b": "a, k 32", "c": "a, k 16"}
+    }
+    assert bases(["a", "b"], ["", ""]) == {"b": "a"} and not bases(["a"], ["k 3"])
+
+
+def test_the_sparsity_a_config_sets():
+    values = {"workload.k": "32", "workload.sparsity_penalty": "0.01"}
+    assert sparsity_of(values | {"architecture": "batchtopk"}) == "k 32"
+    assert sparsity_of(values | {"architecture": "jumprelu"}) == "λ 0.01"
+    assert sparsity_of(values) == sparsity_of({"architecture": "topk"}) == ""
 
 
 def test_the_table_names_them(tmp_path):

@@ -1,5 +1,6 @@
 """fipo.results: the record of a finished run is read as it is, and everything else refused with its place."""
 
+import contextlib
 import copy
 import json
 
@@ -58,7 +59,11 @@ def test_no_finished_run(tmp_path):
             2,
             "sae_top_1_test_accuracy is 2; expected a share",
         ),
-        ("layers.3.eval_result_metrics.llm.llm_top_5_test_accuracy", None, "metrics.llm lacks llm_top_5_test_accuracy"),
+        (
+            "layers.3.eval_result_metrics.llm.llm_top_5_test_accuracy",
+            None,
+            "eval_result_metrics lacks llm_top_5_test_accuracy",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, path, value, text):
@@ -101,6 +106,41 @@ def test_controls_are_whole_where_there_are_any(tmp_path, change, text):
     record["layers"]["3"]["eval_result_controls"] = None if change is None else CONTROLS | change
     with pytest.raises(UserError, match=text):
         read_result(write(tmp_path, record))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("eval_result_protocol", {"rng": 3}, "eval_result_protocol.rng is 3; expected str"),
+        ("eval_result_datasets", [{"dataset_name": "a"}], r"eval_result_datasets\[0\].selected_texts_sha256 is None"),
+    ],
+)
+def test_how_it_was_probed_is_whole_where_it_is_told(tmp_path, key, value, text):
+    record = copy.deepcopy(RECORD)
+    record["layers"]["3"][key] = value
+    with pytest.raises(UserError, match=text):
+        read_result(write(tmp_path, record))
+
+
+OTHERS = {f"{who}_top_3_test_accuracy": 0.6 for who in ("llm", "sae")}
+
+
+@pytest.mark.parametrize(
+    ("others", "text"),
+    [
+        (None, "3.eval_result_metrics lacks llm_top_3_test_accuracy"),
+        ({"mean": OTHERS, "datasets": {}}, "3.eval_result_details of a lacks llm_top_3_test_accuracy"),
+        ({"mean": OTHERS | {"sae_top_3_test_accuracy": 2}, "datasets": {}}, "other_ks.mean.sae_top_3.* is 2; expected"),
+        ({"mean": OTHERS, "datasets": {"a": []}}, r"eval_result_other_ks.a is \[\]; expected dict"),
+        ({"mean": OTHERS, "datasets": {"a": OTHERS}}, ""),
+    ],
+)
+def test_a_k_of_our_own_is_beside_saebenchs(tmp_path, others, text):
+    record = copy.deepcopy(RECORD)
+    record["layers"]["3"]["eval_config"] = EVALUATED | {"k_values": [1, 3]}
+    record["layers"]["3"] |= {} if others is None else {"eval_result_other_ks": others}
+    with pytest.raises(UserError, match=text) if text else contextlib.nullcontext():
+        assert read_result(write(tmp_path, record)) == record
 
 
 def test_sparsity_is_a_number(tmp_path):

@@ -8,12 +8,13 @@ from toys import run_config
 
 from fipo.config import Probing
 from fipo.export import save_sae
-from fipo.saebench import Setting, metric_name, sparse_probing_record
+from fipo.saebench import Setting, dataset_metrics, metric_name, overall_metrics, sparse_probing_record
 from fipo.state import build_state
 
 TOP_LEVEL = (
     "eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics eval_result_details "
-    "sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict eval_result_unstructured"
+    "sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict eval_result_unstructured "
+    "eval_result_protocol"
 )
 EVAL_CONFIG = (
     "random_seed dataset_names probe_train_set_size probe_test_set_size context_length sae_batch_size "
@@ -25,6 +26,9 @@ METRICS = {
 }
 ASKED = ["sae_test_accuracy", "llm_test_accuracy"]
 ASKED += [f"{who}_top_{k}_test_accuracy" for who in ("llm", "sae") for k in (1, 5)]
+
+
+CONFIG = {"architecture": "topk"}
 
 
 @pytest.fixture
@@ -71,6 +75,7 @@ def test_plain_values(record):
     assert asked["lower_vram_usage"] is False
     assert isinstance(record["datetime_epoch_millis"], int) and 1.7e12 < record["datetime_epoch_millis"] < 1e13
     assert len(record["eval_id"]) == 36 and record["sae_lens_id"] == "custom_sae"
+    assert record["eval_result_protocol"] == {"rng": "fipo", "pooling": "float32"}
     assert record["sae_lens_release_id"] == "fipo_run_0_layer_3" and record["sae_lens_version"].startswith("6.")
 
 
@@ -91,6 +96,21 @@ def test_means_over_classes_then_over_datasets(record, accuracies):
             if value is not None:
                 first, second = (entry[name] for entry in record["eval_result_details"])
                 assert value == pytest.approx((first + second) / 2)
+
+
+def test_a_k_that_the_schema_does_not_have_is_kept_beside_it(accuracies):
+    assert "eval_result_other_ks" not in sparse_probing_record(setting(Probing(datasets=("a",))), accuracies, CONFIG)
+    for number, metrics in enumerate(accuracies.values()):
+        metrics["sae_top_3_test_accuracy"] = {"x": 0.5 + number / 4, "y": 0.25 + number / 4}
+    made = sparse_probing_record(setting(Probing(datasets=("first", "second"), ks=(1, 3, 5))), accuracies, CONFIG)
+    assert made["eval_result_other_ks"] == {
+        "mean": {"sae_top_3_test_accuracy": 0.5},
+        "datasets": {"first": {"sae_top_3_test_accuracy": 0.375}, "second": {"sae_top_3_test_accuracy": 0.625}},
+    }
+    assert list(made["eval_result_metrics"]["sae"]) == METRICS["sae"]
+    assert overall_metrics(made)["sae_top_3_test_accuracy"] == 0.5
+    assert dataset_metrics(made)["second"]["sae_top_3_test_accuracy"] == 0.625
+    assert dataset_metrics(made)["second"]["sae_top_1_test_accuracy"] is not None
 
 
 def test_every_class_is_kept(record, accuracies):
@@ -117,7 +137,7 @@ def test_records_have_ids_of_their_own(record, accuracies):
 
 
 def test_an_sae_without_metadata_has_a_record_too(accuracies):
-    made = sparse_probing_record(setting(Probing(datasets=("first",))), accuracies, {"architecture": "topk"})
+    made = sparse_probing_record(setting(Probing(datasets=("first",))), accuracies, CONFIG)
     assert made["sae_lens_version"] is None and made["sae_cfg_dict"]["activation_fn_str"] == "topk"
 
 

@@ -76,6 +76,7 @@ def test_reads_no_further_than_needed():
 def test_found_again_without_harvest():
     first = open_or_harvest({"key": 1, "layers": [0, 1]}, chunks, tokens=20)
     again = open_or_harvest({"layers": [0, 1], "key": 1}, never, tokens=20)
+    assert (first.made, again.made) == (True, False)
     assert again.folder == first.folder and torch.equal(again.read(0, 20), whole()[:20])
 
 

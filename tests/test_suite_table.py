@@ -80,10 +80,48 @@ def test_what_cannot_be_compared(tmp_path):
         suite_report([write(tmp_path / "fewer", BASE[0], fewer)])
 
 
+def of_config(one, **config):
+    return one | {"sae": one["sae"] | {"config": config}}
+
+
+def test_runs_of_one_name_that_differ_are_no_seeds(tmp_path):
+    plain, ortsae = (of_config(one, penalty=on) for one, on in zip(BASE, ("off", "on"), strict=True))
+    text = suite_report([write(tmp_path / "x", plain, ortsae)])
+    assert rows(text, "| run_8, penalty off | 3")[0][2] == "0.700" and rows(text, "| run_8, penalty on | 3")
+
+
+def test_a_sweep_of_one_seed(tmp_path):
+    swept = [of_config(BASE[0], **{"architecture": "topk", "workload.k": k}) for k in ("16", "32")]
+    text = suite_report([write(tmp_path / "x", *swept)])
+    assert rows(text, "| run_8, k 16 | 3")[0][2] == "0.700" and rows(text, "| run_8, k 32 - run_8, k 16 | 3")
+
+
+def test_a_sweep_is_set_against_the_first_run_at_the_same_sparsity(tmp_path):
+    swept = [of_config(one, **{"architecture": "topk", "workload.k": k}) for k in "24" for one in (BASE[0], OTHER[1])]
+    text = suite_report([write(tmp_path / "x", *swept)])
+    assert [row[0] for row in rows(text, "| run_")][4:] == [
+        *("run_6, k 2 - run_8, k 2", "run_8, k 4 - run_8, k 2", "run_6, k 4 - run_8, k 4")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model", "gpt"), ("dtype", "bfloat16"), ("context", 64), ("random_seed", 7)]
+)
+def test_other_settings_are_compared_apart(tmp_path, key, value):
+    usual = {"model": "bert", "dtype": "float32", "context": 128, "random_seed": 42}
+    folder = write(tmp_path / "x", *[one | usual for one in BASE], OTHER[0] | {"model": "bert"})
+    assert "| run_6 - run_8 |" in suite_report([folder]), "an older file does not say all"
+    write(folder, BASE[0] | usual, BASE[1] | usual | {key: value})
+    with pytest.raises(UserError, match=f"run_8, seed 2, layer 3 is at {key} {value}, the first at {usual[key]}"):
+        suite_report([folder])
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         ({"sae": 3}, "sae is 3"),
+        ({"sae": {"name": "x", "layer": 3, "config": []}}, "sae.config is .."),
+        ({"sae": {"name": "x", "layer": 3, "config": {"k": 3}}}, "sae.config.k is 3; expected str"),
         ({"sae": {"name": "x", "layer": 3, "seed": "1"}}, "sae.seed is '1'"),
         ({"mean": {}}, "mean.sae is None"),
         ({"mean": {"sae": {"x": 1}}}, "a k is 'x'"),

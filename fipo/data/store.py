@@ -41,16 +41,17 @@ def cache_root() -> Path:
 class ActivationStore:
     """Activations [N, L, D] with the number of the text each token comes from."""
 
-    def __init__(self, folder: Path, *, hashes: bool = True) -> None:
-        """Open and check; a missing or damaged store is a `UserError`. `hashes`: check those of the shards as well."""
-        self.folder = folder
+    def __init__(self, folder: Path, *, made: bool = False) -> None:
+        """Open and check; a missing or damaged store is a `UserError`. `made`: by this process, just now; the hashes of
+        its shards were taken of what was written."""
+        self.folder, self.made = folder, made
         self.manifest = checked_manifest(folder)
         self.tokens: int = self.manifest["tokens"]
         self._files = [folder / shard["file"] for shard in self.manifest["shards"]]
         shapes = set()
         for file, shard in zip(self._files, self.manifest["shards"], strict=True):
             whole = file.is_file() and not file.is_symlink()
-            if not whole or (hashes and sha256_file(file) != shard["sha256"]):
+            if not whole or (not made and sha256_file(file) != shard["sha256"]):
                 raise UserError(f"{file} is damaged")
             shapes.add(_shard_shape(file, shard["tokens"]))
         if len(shapes) > 1:
@@ -109,7 +110,7 @@ def open_or_harvest(
             _check_room(folder.parent, (tokens or 0) * token_bytes)
             with replacing_folder(folder) as temporary:
                 _write(temporary, key, produce(), tokens)
-            store = ActivationStore(folder, hashes=False)  # they were taken of what had just been written
+            store = ActivationStore(folder, made=True)
     return store
 
 
