@@ -21,7 +21,7 @@ from fipo.data.lm import LanguageModel
 from fipo.data.prepare import probe_chunks, probe_key, probe_store
 from fipo.data.store import ActivationStore
 from fipo.errors import UserError
-from fipo.export import load_sae
+from fipo.export import READING, load_sae
 from fipo.files import read_json, sha256_file, sha256_json
 from fipo.pooling import FeatureMap, encode_in, numbers_or_read, pool_or_read
 from fipo.probing import Tasks, full_accuracies, one_vs_rest, sparse_answers
@@ -72,7 +72,7 @@ def load_subject(folder: Path, layer: int) -> Subject:
     """The SAE saved in `folder`."""
     sae, config = load_sae(folder), read_json(folder / "cfg.json")
     meant = {name: value for name, value in config.items() if name not in ("metadata", "device")}
-    return Subject(layer, sae, sha256_json([meant, sha256_file(folder / "sae_weights.safetensors")]))
+    return Subject(layer, sae, sha256_json([meant, sha256_file(folder / "sae_weights.safetensors"), READING]))
 
 
 def probe(
