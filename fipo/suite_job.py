@@ -55,7 +55,7 @@ def run(
                     place = lm.layers.index(one.layer)
                     layer_acts = [acts_NLD[:, place] for acts_NLD in acts]
                     results = _results(one, subjects[one.name].sae, datasets, layer_acts, ks, seed, advance)
-                    record = {**_record(one, results, ks, lm), "key": keys[one.name], **origin}
+                    record = {**_record(one, results, ks, seed, lm), "key": keys[one.name], **origin}
                     if out is not None:
                         write_json(out / files[one.name], record)
                 report.make_console().print(_table(one.name, record["results"], ks))
@@ -104,7 +104,7 @@ def _results(
     """Of an SAE on every dataset, whose last-token activations [N, D] are given."""
     control, results = _control(sae, torch.cat(list(acts[:SAMPLE_DATASETS])), seed, one), {}
     for data, acts_ND in zip(datasets, acts, strict=True):
-        results[data.name] = _probe(data, acts_ND, sae, control, ks)
+        results[data.name] = _probe(data, acts_ND, sae, control, ks, seed)
         advance(1, f"{data.name} {one.name}")
     return results
 
@@ -118,16 +118,16 @@ def _control(sae: SAE, sample_BD: Tensor, seed: int, one: Saved) -> SAE:
 
 @torch.no_grad()
 def _probe(
-    data: SuiteDataset, acts_ND: Tensor, sae: SAE, control: SAE, ks: Sequence[int]
+    data: SuiteDataset, acts_ND: Tensor, sae: SAE, control: SAE, ks: Sequence[int], seed: int
 ) -> dict[str, dict[str, dict[str, Any]]]:
     features = {"sae": sae.encode(acts_ND), "llm": acts_ND, "random": control.encode(acts_ND)}
     return {
-        who: {str(k): score._asdict() for k, score in probe_scores(values_NF, data.labels, ks).items()}
+        who: {str(k): score._asdict() for k, score in probe_scores(values_NF, data.labels, ks, seed).items()}
         for who, values_NF in features.items()
     }
 
 
-def _record(one: Saved, results: Scores, ks: Sequence[int], lm: LanguageModel) -> dict[str, Any]:
+def _record(one: Saved, results: Scores, ks: Sequence[int], seed: int, lm: LanguageModel) -> dict[str, Any]:
     means = {
         who: {str(k): {metric: mean_score(results, who, k, metric) for metric in SUITE_METRICS} for k in ks}
         for who in ("sae", "llm", "random")
@@ -135,6 +135,7 @@ def _record(one: Saved, results: Scores, ks: Sequence[int], lm: LanguageModel) -
     return {
         "suite": "sae-probes",
         "setting": "normal",
+        "random_seed": seed,
         "model": lm.name,
         "sae": {"name": one.name, "layer": one.layer, "run": one.run.get("run"), "seed": one.run.get("seed")},
         "datasets": len(results),

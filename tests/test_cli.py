@@ -284,6 +284,23 @@ def test_suite_of_sae_probes(saved, capsys):
 
 
 @pytest.mark.usefixtures("small_suite")
+def test_the_seed_draws_the_second_suites_splits_as_well(saved, capsys):
+    records = {}
+    for seed in (None, 42, 43):
+        given = ["--suite", "sae-probes", "--k", "1", "--datasets", "1_topic", "--out", str(saved / f"seed_{seed}")]
+        assert main(["probe", str(saved / "other"), *given, *([] if seed is None else ["--seed", str(seed)])]) == 0
+        records[seed] = json.loads((saved / f"seed_{seed}" / "other_sae_probes_results.json").read_text())
+    assert records[None]["results"] == records[42]["results"]
+    assert [record["random_seed"] for record in records.values()] == [42, 42, 43]
+    for who in ("sae", "llm", "random"):
+        scores = [records[seed]["results"]["1_topic"][who]["1"]["validation_auc"] for seed in (42, 43)]
+        assert scores[0] != scores[1], who
+    capsys.readouterr()
+    assert main(["probe", str(saved / "other"), *given, "--seed", str(2**32)]) == 2
+    assert "--seed is 4294967296; expected zero or more, for sae-probes of at most 32 bits" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_suite")
 @pytest.mark.parametrize(("option", "value"), [("--train", "50"), ("--repeats", "2"), ("--pooling", "float32")])
 def test_the_second_suite_takes_no_options_of_the_first(option, value, saved, capsys):
     assert main(["probe", str(saved / "other"), "--suite", "sae-probes", option, value]) == 2
