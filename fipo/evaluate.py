@@ -243,15 +243,13 @@ def _made_when_needed(make: Callable[[], Callable[[Tensor], Tensor]], acts_BD: T
     return make()(acts_BD)
 
 
-@torch.no_grad()
 def _measure(name: str, sae: SAE, sample: Callable[[], dict[int, Tensor]], layer: int) -> dict[str, float]:
     """L0 and scale of an SAE's codes on the sample."""
     sample_BD = sample()[layer]
-    l0 = (sae.encode(sample_BD) > 0).sum().item() / sample_BD.shape[0]
     scale = controls.code_scale(sae, sample_BD)
     if not math.isfinite(scale):
         raise UserError(f"the codes of SAE {name} are not finite numbers: its weights are far too large")
-    return {"l0": l0, "scale": scale}
+    return {"l0": controls.code_l0(sae, sample_BD), "scale": scale}
 
 
 def _random_control(
