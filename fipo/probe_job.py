@@ -14,11 +14,14 @@ from fipo.data.labelled import load_all
 from fipo.errors import UserError
 from fipo.evaluate import load_subject, probe
 from fipo.files import writable, write_json
+from fipo.memory import enough_memory
 from fipo.provenance import hardware, provenance
 from fipo.results import OUTCOMES_SUFFIX, RESULT_SUFFIX
 from fipo.saebench import Setting, sparse_probing_record
 from fipo.saved import Saved, file_names, find_saved, load_model
 from fipo.summary import accuracies, extras, outcomes
+
+TO_LOWER = "the number of SAEs given at once, --train or --test"
 
 
 def run(folders: Sequence[Path], probing: Probing, seed: int, out: Path | None, **chosen: Any) -> None:
@@ -26,7 +29,7 @@ def run(folders: Sequence[Path], probing: Probing, seed: int, out: Path | None, 
     from what the SAEs say."""
     saved = find_saved(folders)
     files = file_names(saved)
-    with writable(out, "--out"):
+    with writable(out, "--out"), enough_memory("probing", TO_LOWER):
         for file in files.values() if out is not None else ():
             if (out / f"{file}{RESULT_SUFFIX}").exists():
                 raise UserError(f"{out} already holds a result of {file}; name another --out, or remove it")

@@ -16,6 +16,7 @@ from fipo.data.lm import LanguageModel
 from fipo.errors import UserError
 from fipo.evaluate import Subject, check_fits, load_subject
 from fipo.files import read_json, sha256_json, writable, write_json
+from fipo.memory import enough_memory
 from fipo.pooling import keep, read_kept
 from fipo.progress import progress
 from fipo.provenance import hardware, provenance
@@ -28,6 +29,7 @@ from fipo.suite_table import Scores, mean_and_error, mean_score
 
 SAMPLE_DATASETS = 8
 """The first datasets, on whose last tokens the L0 of an SAE is found for its random control."""
+TO_LOWER = "the number of SAEs given at once, or name fewer --datasets"
 
 
 def run(
@@ -38,7 +40,7 @@ def run(
     saved = find_saved(folders)
     files = {name: f"{file}{SUITE_RESULT_SUFFIX}" for name, file in file_names(saved).items()}
     datasets = list(suite_datasets(names))
-    with writable(out, "--out"):
+    with writable(out, "--out"), enough_memory("probing", TO_LOWER):
         lm = load_model(saved, **chosen)
         subjects = {one.name: load_subject(one.folder, one.layer) for one in saved}
         for name, subject in subjects.items():
@@ -109,11 +111,9 @@ def _results(
     return results
 
 
-@torch.no_grad()
 def _control(sae: SAE, sample_BD: Tensor, seed: int, one: Saved) -> SAE:
-    l0 = (sae.encode(sample_BD) > 0).sum().item() / sample_BD.shape[0]
-    generator = generator_for(seed, "random control", one.layer)
-    return controls.random_sae(sae.latents, controls.nearby_l0(l0), sample_BD, generator)
+    l0 = controls.nearby_l0(controls.code_l0(sae, sample_BD))
+    return controls.random_sae(sae.latents, l0, sample_BD, generator_for(seed, "random control", one.layer))
 
 
 @torch.no_grad()

@@ -301,6 +301,25 @@ def test_the_seed_draws_the_second_suites_splits_as_well(saved, capsys):
 
 
 @pytest.mark.usefixtures("small_suite")
+@pytest.mark.parametrize(
+    ("broken", "more", "lower"),
+    [
+        ("fipo.probe_job.probe", SIZES, "lower the number of SAEs given at once, --train or --test"),
+        ("fipo.suite_job.last_token_activations", ["--suite", "sae-probes"], "or name fewer --datasets"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(broken, more, lower, saved, labelled_folders, capsys, monkeypatch):
+    def no_memory(*_given, **_named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
+
+    monkeypatch.setattr(broken, no_memory)
+    datasets = map(str, labelled_folders) if more == SIZES else ["1_topic"]
+    assert main(["probe", str(saved / "other"), *more, "--datasets", *datasets]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "out of memory in probing" in told and lower in told
+
+
+@pytest.mark.usefixtures("small_suite")
 @pytest.mark.parametrize(("option", "value"), [("--train", "50"), ("--repeats", "2"), ("--pooling", "float32")])
 def test_the_second_suite_takes_no_options_of_the_first(option, value, saved, capsys):
     assert main(["probe", str(saved / "other"), "--suite", "sae-probes", option, value]) == 2
