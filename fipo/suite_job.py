@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fipo import controls, report
 from fipo.data.lm import LanguageModel
-from fipo.errors import UserError
-from fipo.evaluate import Subject, check_fits, load_subject
-from fipo.files import read_json, sha256_json, writable, write_json
+from fipo.done import read_done, result_key
+from fipo.evaluate import check_fits, load_subject
+from fipo.files import writable, write_json
 from fipo.memory import enough_memory
 from fipo.pooling import keep, read_kept
 from fipo.progress import progress
@@ -45,38 +45,24 @@ def run(
         subjects = {one.name: load_subject(one.folder, one.layer) for one in saved}
         for name, subject in subjects.items():
             check_fits(name, subject, lm, ks)
-        keys = {name: _key(subject, datasets, lm, ks, seed) for name, subject in subjects.items()}
-        done = {name: _done(out / file, keys[name]) for name, file in files.items() if out is not None}
-        missing = [one for one in saved if done.get(one.name) is None]
+        asked = [[tuple(data) for data in datasets], list(ks), seed]
+        keys = {name: result_key(subject, lm, asked) for name, subject in subjects.items()}
+        done = {name: read_done(out / file, keys[name]) for name, file in files.items() if out is not None}
+        records = {name: record for name, record in done.items() if record is not None}
+        missing = [one for one in saved if one.name not in records]
         acts = _all_activations(datasets, lm) if missing else []
         origin = {**provenance(), "hardware": hardware(lm.device)}
         with progress("probing", len(missing) * len(datasets), "datasets") as advance:
-            for one in saved:
-                record = done.get(one.name)
-                if record is None:
-                    place = lm.layers.index(one.layer)
-                    layer_acts = [acts_NLD[:, place] for acts_NLD in acts]
-                    results = _results(one, subjects[one.name].sae, datasets, layer_acts, ks, seed, advance)
-                    record = {**_record(one, results, ks, seed, lm), "key": keys[one.name], **origin}
-                    if out is not None:
-                        write_json(out / files[one.name], record)
-                report.make_console().print(_table(one.name, record["results"], ks))
-
-
-def _key(subject: Subject, datasets: Sequence[SuiteDataset], lm: LanguageModel, ks: Sequence[int], seed: int) -> str:
-    """Names all that a result depends on."""
-    model = [lm.weights_hash, lm.tokenizer_hash, str(lm.dtype), lm.context]
-    return sha256_json([subject.layer, subject.key, [tuple(data) for data in datasets], model, list(ks), seed])
-
-
-def _done(file: Path, key: str) -> dict[str, Any] | None:
-    """The result that is there already; one of other settings is a `UserError`."""
-    if not file.exists():
-        return None
-    record = read_json(file)
-    if not isinstance(record, dict) or record.get("key") != key:
-        raise UserError(f"{file} is the result of another SAE or of other settings; name another --out, or remove it")
-    return record
+            for one in missing:
+                place = lm.layers.index(one.layer)
+                layer_acts = [acts_NLD[:, place] for acts_NLD in acts]
+                results = _results(one, subjects[one.name].sae, datasets, layer_acts, ks, seed, advance)
+                record = {**_record(one, results, ks, seed, lm), "key": keys[one.name], **origin}
+                records[one.name] = record
+                if out is not None:
+                    write_json(out / files[one.name], record)
+        for one in saved:  # once all is on disk: who reads may leave
+            report.make_console().print(_table(one.name, records[one.name]["results"], ks))
 
 
 def _all_activations(datasets: Sequence[SuiteDataset], lm: LanguageModel) -> list[Tensor]:

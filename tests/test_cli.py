@@ -12,6 +12,7 @@ from fipo.activations import ReLU, TopK
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.cli import main
 from fipo.data.store import cache_root
+from fipo.errors import UserError
 from fipo.export import save_sae
 from fipo.sae import SAE
 from fipo.sae_probes_suite import SuiteDataset
@@ -73,6 +74,60 @@ def test_the_same_command_gives_the_same_numbers(saved, labelled_folders, capsys
     assert first["eval_result_controls"] == second["eval_result_controls"]
 
 
+def test_what_was_stopped_goes_on_and_other_settings_are_refused(saved, labelled_folders, capsys, monkeypatch):
+    from fipo import probe_job
+
+    given, out, original = (saved / "run_3", saved / "other"), saved / "out", probe_job.write_json
+    with monkeypatch.context() as patch:
+
+        def disk_of_one(path, record):
+            if list(out.glob("*.json")):
+                raise UserError(f"cannot write {path}: no space left on the device")
+            original(path, record)
+
+        patch.setattr(probe_job, "write_json", disk_of_one)
+        code, shown, _ = probe(capsys, given, labelled_folders, "--out", out)
+        assert code == 2 and not shown, "files come first"
+    (first,) = out.glob("*.json")
+    written = {file: file.stat().st_mtime_ns for file in (first, out / "run_3_layer_0_outcomes.safetensors")}
+    code, shown, _ = probe(capsys, given, labelled_folders, "--out", out)
+    assert code == 0 and shown.count("over random") == 3 and len(list(out.iterdir())) == 6
+    assert all(file.stat().st_mtime_ns == time for file, time in written.items())
+    assert probe(capsys, given, labelled_folders, "--out", out)[:2] == (0, shown)
+    (out / "other_outcomes.safetensors").unlink()
+    assert probe(capsys, given, labelled_folders, "--out", out)[:2] == (0, shown) and len(list(out.iterdir())) == 6
+    for changed in (["--seed", 3], ["--k", 1], ["--test", 8], ["--repeats", 2], ["--context", 12]):
+        code, shown, told = probe(capsys, given, labelled_folders, *changed, "--out", out)
+        assert code == 2 and not shown and "of another SAE or of other settings" in told, changed
+    assert probe(capsys, given, labelled_folders[:1], "--out", out)[0] == 2
+    write_again(saved / "other", 8)
+    assert probe(capsys, given, labelled_folders, "--out", out)[0] == 2
+
+
+def write_again(folder, seed):
+    """Another SAE of the same size and setting."""
+    tensors = load_tensors(folder / "sae_weights.safetensors")
+    tensors["b_enc"] = torch.randn(32, generator=seeded(seed))
+    save_tensors(folder / "sae_weights.safetensors", tensors)
+
+
+@pytest.mark.usefixtures("small_suite")
+@pytest.mark.parametrize("suite", ["saebench", "sae-probes"])
+def test_a_reader_that_leaves_takes_no_file_along(suite, saved, labelled_folders, monkeypatch):
+    """As `fipo probe ... | head` does."""
+
+    class Closed:
+        def print(self, *_given):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("fipo.report.make_console", Closed)
+    datasets = SIZES + ["--datasets", *map(str, labelled_folders)] if suite == "saebench" else ["--k", "1"]
+    given = [str(saved / "run_3"), str(saved / "other"), "--suite", suite, *datasets, "--out", str(saved / "out")]
+    with pytest.raises(BrokenPipeError):
+        main(["probe", *given])
+    assert len(list((saved / "out").glob("*_results.json"))) == 3
+
+
 def test_comparing_results(saved, labelled_folders, capsys):
     """run_9 is run_3 with a ruined layer 1: the difference is 0 on layer 0 and clearly negative on layer 1."""
     shutil.copytree(saved / "run_3", saved / "run_9")
@@ -116,7 +171,7 @@ def mistake(case, saved, labelled):
         case "result in the way":
             (saved / "out").mkdir()
             (saved / "out" / "other_eval_results.json").write_text("{}")
-            return [other], labelled, ["--out", saved / "out"], "already holds a result of other"
+            return [other], labelled, ["--out", saved / "out"], "of other settings; name another --out, or remove it"
         case "damaged":
             (other / "sae_weights.safetensors").write_bytes(b"no")
             return [other], labelled, [], "damaged"
