@@ -26,7 +26,7 @@ class Saved(NamedTuple):
     """An SAE on disk."""
 
     name: str
-    """Unique among those probed together."""
+    """Unique among those probed together; a run's name is part of it."""
     folder: Path
     layer: int
     """The block whose output it reads."""
@@ -50,7 +50,8 @@ def find_saved(folders: Sequence[Path]) -> list[Saved]:
             config = _config(one)
             found.append(Saved("", one, _layer(one, config["metadata"]), config, _run_of(one)))
     parts = [one.folder.resolve().parts for one in found]
-    common = min(len(part) for part in parts) - 1
+    within_run = [bool(one.run) or one.folder not in folders for one in found]
+    common = max(1, min(len(part) - 1 - inside for part, inside in zip(parts, within_run, strict=True)))
     while common and len({part[:common] for part in parts}) > 1:
         common -= 1
     names = ["/".join(part[common:]) for part in parts]

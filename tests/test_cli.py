@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -269,6 +270,24 @@ def rewrite(folder, metadata):
 def test_what_goes_into_a_block_is_what_comes_out_of_the_one_before(metadata, layer, saved):
     rewrite(saved / "other", metadata)
     assert find_saved([saved / "other"])[0].layer == layer
+
+
+def test_a_run_given_alone_keeps_its_name(saved, monkeypatch):
+    def names(*folders):
+        return [one.name for one in find_saved(folders)]
+
+    run, other = saved / "run_3", saved / "other"
+    assert names(run) == ["run_3/layer_0", "run_3/layer_1"] == names(run / "layer_0", run / "layer_1")
+    assert names(run / "layer_1") == ["run_3/layer_1"] and names(other) == ["other"]
+    assert names(other, run) == ["other", "run_3/layer_0", "run_3/layer_1"]
+    (run / "config.yaml").unlink()
+    assert names(run) == ["run_3/layer_0", "run_3/layer_1"] and names(run / "layer_1") == ["layer_1"]
+    monkeypatch.chdir(run)
+    assert names(Path(".")) == ["run_3/layer_0", "run_3/layer_1"]
+    for seed in (42, 43):
+        shutil.copytree(run, saved / f"seed_{seed}" / "run_3")
+    of_seeds = names(*(saved / f"seed_{seed}" / "run_3" for seed in (42, 43)))
+    assert of_seeds == [f"seed_{seed}/run_3/layer_{layer}" for seed in (42, 43) for layer in (0, 1)]
 
 
 @pytest.mark.parametrize("content", ["workload: minilm\n", "run: x\nworkload: null\n", "run: 3\n"])
