@@ -151,4 +151,7 @@ def _table(title: str, results: Scores, ks: Sequence[int]) -> Any:
             " | ".join(f"{mean_score(results, who, k, metric):.3f}" for who in ("sae", "llm", "random")) for k in ks
         )
         table.add_row(metric, *cells)
+    table.add_section()
+    for metric in SUITE_METRICS:
+        table.add_row(f"{metric} over random", *(report.margin_text(_margin(results, k, metric)) for k in ks))
     return table

@@ -50,7 +50,7 @@ def test_probes_runs_and_single_saes_in_one_go(saved, labelled_folders, capsys):
     code, shown, _ = probe(capsys, [saved / "run_3", saved / "other"], labelled_folders, "--out", out)
     assert code == 0
     for name in ("run_3/layer_0", "run_3/layer_1", "other"):
-        assert f"{name}: test accuracy of the k best, SAE | LLM | random" in shown
+        assert f"{name}: test accuracy of the k best, SAE | LLM | PCA | random" in shown
     for label in ("topics", "sport", "money", "mean", "over random"):
         assert shown.count(label) >= 3
     files = {file.name for file in out.iterdir()}
@@ -73,6 +73,29 @@ def test_the_same_command_gives_the_same_numbers(saved, labelled_folders, capsys
     first, second = results
     assert first["eval_result_unstructured"] == second["eval_result_unstructured"]
     assert first["eval_result_controls"] == second["eval_result_controls"]
+
+
+def row(shown, name):
+    """The cells of the first row of this name, as lists of texts."""
+    line = next(line for line in shown.splitlines() if line.startswith(f"│ {name} "))
+    return [cell.split() for cell in line.strip("│").split("│")][1:]
+
+
+def test_the_table_has_all_controls_and_the_spread_over_repeats(saved, labelled_folders, capsys):
+    out, ks = saved / "out", (1, 5)
+    wide = "--k", "1,2,3,4,5,6"
+    _, shown, _ = probe(capsys, [saved / "other"], labelled_folders, "--repeats", 3, "--out", out)
+    record = json.loads((out / "other_eval_results.json").read_text())
+    controls, repeats = record["eval_result_controls"]["mean"], record["eval_result_statistics"]["repeats"]["suite"]
+    for cell, k in zip(row(shown, "mean"), ks, strict=True):
+        assert cell[4::2] == [f"{controls[f'{who}_top_{k}_test_accuracy']:.3f}" for who in ("pca", "random")]
+    for cell, k in zip(row(shown, "sd over 3 draws"), ks, strict=True):
+        names = [f"{who}_top_{k}_test_accuracy" for who in ("sae", "llm", "pca", "random")]
+        assert cell[::2] == [f"{repeats[name]['standard_deviation']:.3f}" for name in names]
+    _, shown, _ = probe(capsys, [saved / "other"], labelled_folders, *wide)
+    assert (
+        "sd over" not in shown and len(row(shown, "mean")) == 6 and all(len(cell) == 7 for cell in row(shown, "mean"))
+    )
 
 
 def test_what_was_stopped_goes_on_and_other_settings_are_refused(saved, labelled_folders, capsys, monkeypatch):
@@ -344,6 +367,9 @@ def test_suite_of_sae_probes(saved, capsys):
     margin = [scores["sae"]["1"]["f1"] - scores["random"]["1"]["f1"] for scores in record["results"].values()]
     assert record["margin_over_random"]["1"]["f1"]["difference"] == pytest.approx(sum(margin) / 2)
     assert len(record["results"]["1_topic"]["llm"]["2"]["latents"]) == 2
+    one = json.loads((out / "run_3_layer_0_sae_probes_results.json").read_text())["margin_over_random"]
+    told_of = [[f"{m['difference']:+.3f}", "±", f"{m['standard_error']:.3f}"] for m in (one[k]["auc"] for k in one)]
+    assert row(shown, "auc over random") == told_of and len(told_of) == 3
     capsys.readouterr()
     (out / "other_sae_probes_results.json").unlink()
     written = {file: file.stat().st_mtime_ns for file in out.iterdir()}
@@ -354,7 +380,8 @@ def test_suite_of_sae_probes(saved, capsys):
     assert json.loads((out / "other_sae_probes_results.json").read_text())["results"]
     assert main([*arguments, "--k", "1,2"]) == 2 and "of other settings" in capsys.readouterr().err
     assert main([*arguments[:4], "sae-probes", "--datasets", "2_topic"]) == 0
-    assert "mean over 1 datasets" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "mean over 1 datasets" in shown and all(len(cell) == 1 for cell in row(shown, "f1 over random"))
 
 
 @pytest.mark.usefixtures("small_suite")
