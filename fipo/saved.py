@@ -74,6 +74,10 @@ def _config(folder: Path) -> dict[str, Any]:
     """Content of cfg.json, with what it says of the model checked; what it leaves out is for the command to say."""
     file = folder / "cfg.json"
     config = read_json(file)
+    if isinstance(config, dict) and "metadata" not in config and config.keys() & {"hook_name", "hook_point"}:
+        raise UserError(
+            f"{file} was saved by SAELens before version 6, without `metadata`; load it in SAELens 6 and save it anew"
+        )
     metadata = config.get("metadata", {}) if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(metadata, dict):
         raise UserError(f"{file} is no mapping with a mapping `metadata`; expected an SAE in SAELens' format")

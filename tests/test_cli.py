@@ -295,6 +295,16 @@ def test_what_goes_into_a_block_is_what_comes_out_of_the_one_before(metadata, la
     assert find_saved([saved / "other"])[0].layer == layer
 
 
+@pytest.mark.parametrize("names", [{}, {"hook_name": "hook_point"}])
+def test_the_flat_config_of_saelens_before_version_6(names, saved, labelled_folders, capsys):
+    config = json.loads((saved / "other" / "cfg.json").read_text())
+    flat = {names.get(key, key): value for key, value in (config | config.pop("metadata")).items() if key != "metadata"}
+    (saved / "other" / "cfg.json").write_text(json.dumps(flat))
+    code, shown, told = probe(capsys, [saved / "other"], labelled_folders)
+    assert code == 2 and not shown
+    assert "cfg.json was saved by SAELens before version 6" in told and "load it in SAELens 6 and save it anew" in told
+
+
 def test_a_run_given_alone_keeps_its_name(saved, monkeypatch):
     def names(*folders):
         return [one.name for one in find_saved(folders)]
