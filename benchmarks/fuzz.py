@@ -132,13 +132,18 @@ class Sae(Target):
         return load_sae(folder)
 
     def right(self, folder: Path, value: Any) -> bool:
-        """Its weights are the file's, as read by hand, and finite."""
+        """Its weights are the file's, as read by hand and with decoder norms folded, and finite."""
         config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
         found = _read_by_hand(folder / "sae_weights.safetensors")
-        shapes = {"W_enc": value.enc_FD.T, "b_enc": value.enc_bias_F, "W_dec": value.dec_FD}
-        same = all(torch.equal(found[name], weights.detach()) for name, weights in shapes.items())
-        bias_D = value.mean_D + value.dec_bias_D
+        norm_F = found["W_dec"].double().norm(dim=1).clamp_min(1e-8)
+        if config["architecture"] == "topk" and not config.get("rescale_acts_by_decoder_norm"):
+            norm_F = torch.ones(len(norm_F))
+        folded = {"W_enc": found["W_enc"] * norm_F, "b_enc": found["b_enc"] * norm_F}
+        folded["W_dec"] = found["W_dec"] / norm_F[:, None]
+        read = {"W_enc": value.enc_FD.T, "b_enc": value.enc_bias_F, "W_dec": value.dec_FD}
+        same = all(torch.allclose(read[name].double(), folded[name].double(), 1e-4, 1e-30) for name in read)
         sizes = (value.d_in, value.latents) == (config["d_in"], config["d_sae"])
+        bias_D = value.mean_D + value.dec_bias_D
         finite = all(tensor.isfinite().all() for tensor in value.state_dict().values())
         return same and sizes and finite and torch.equal(found["b_dec"], bias_D.detach())
 

@@ -18,6 +18,8 @@ SAEBENCH_ONLY = {
 }
 """Options of the suite saebench alone, and what they set in `fipo.config.Probing`."""
 DEFAULT_KS = {"saebench": "1,2,5,10,20,50", "sae-probes": "1,2,5"}
+SEED_BITS = {"saebench": 63, "sae-probes": 32}
+"""What torch takes for a seed; what numpy and scikit-learn take, with which sae-probes draws."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,8 +76,9 @@ def _probe(given: argparse.Namespace) -> None:
         raise UserError(f"--k is {given.k!r}; expected whole numbers by commas, as in 1,2,5") from error
     if min(ks) < 1 or len(set(ks)) < len(ks):
         raise UserError(f"--k is {given.k}; expected positive numbers of latents, each once")
-    if not 0 <= given.seed < 2**63:
-        raise UserError(f"--seed is {given.seed}; expected zero or more, of at most 64 bits")
+    bits = SEED_BITS[given.suite]
+    if not 0 <= given.seed < 2**bits:
+        raise UserError(f"--seed is {given.seed}; expected zero or more, for {given.suite} of at most {bits} bits")
     if given.context is not None and given.context < 3:
         raise UserError(f"--context is {given.context}; expected more than 2 tokens")
     own = {name: getattr(given, name) for name in SAEBENCH_ONLY if getattr(given, name) is not None}

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fipo.data.lm import LanguageModel
 from fipo.data.prepare import probe_chunks, probe_key, probe_store
 from fipo.data.store import ActivationStore
 from fipo.errors import UserError
-from fipo.export import load_sae
+from fipo.export import READING, load_sae
 from fipo.files import read_json, sha256_file, sha256_json
 from fipo.pooling import FeatureMap, encode_in, numbers_or_read, pool_or_read
 from fipo.probing import Tasks, full_accuracies, one_vs_rest, sparse_answers
@@ -33,6 +33,8 @@ from fipo.screen import screened
 
 SAMPLE_TEXTS = 128
 """Places, evenly spaced over all datasets, from which the tokens come on which an SAE's L0 and scale are found."""
+Control = tuple[int, int, float]
+"""Layer, latents and L0 of a random SAE."""
 
 
 class Subject(NamedTuple):
@@ -72,7 +74,7 @@ def load_subject(folder: Path, layer: int) -> Subject:
     """The SAE saved in `folder`."""
     sae, config = load_sae(folder), read_json(folder / "cfg.json")
     meant = {name: value for name, value in config.items() if name not in ("metadata", "device")}
-    return Subject(layer, sae, sha256_json([meant, sha256_file(folder / "sae_weights.safetensors")]))
+    return Subject(layer, sae, sha256_json([meant, sha256_file(folder / "sae_weights.safetensors"), READING]))
 
 
 def probe(
@@ -99,7 +101,7 @@ def probe(
                 stores[one.name] = probe_store(one, lm)
                 advance(len(one.texts), one.name)
     harvested([store.made for store in stores.values()])
-    maps = _feature_maps(lm, data, stores, subjects, probing, seed, keep)
+    maps, control_of = _feature_maps(lm, data, stores, subjects, probing, seed, keep)
     results: dict[str, list[DatasetScores]] = {name: [] for name in subjects}
     streams = {name: plain_generator(seed) for name in subjects}
     with progress("probing", len(data) * len(subjects), "datasets") as advance:
@@ -107,9 +109,10 @@ def probe(
             pooled = dict(zip(maps, _pooled(one, stores.get(one.name), lm, maps.values(), probing), strict=True))
             tasks = Draws(one, probing, seed)
             by_layer = functools.cache(functools.partial(_score_layer, pooled, tasks))
+            by_control = functools.cache(functools.partial(_score_control, pooled, tasks))
             for name, subject in subjects.items():
                 scores = {**by_layer(subject.layer), "sae": tasks.score("sae", pooled["sae", name], full=True)}
-                scores["random"] = tasks.score("random", pooled["random", name], full=False)
+                scores["random"] = by_control(control_of[name])
                 found = DatasetScores(one.name, list(one.train), tasks.first[1].rows_TM, scores)
                 if probing.rng == "saebench":
                     features = (pooled["llm", subject.layer], pooled["sae", name])
@@ -190,21 +193,19 @@ def _score_layer(pooled: dict[tuple[str, object], Tensor], tasks: Draws, layer: 
     }
 
 
+def _score_control(pooled: dict[tuple[str, object], Tensor], tasks: Draws, control: Control) -> Scores:
+    """A random SAE: the same for every SAE of its layer, size and L0."""
+    return tasks.score("random", pooled["random", control], full=False)
+
+
 def _pooled(
     data: LabelledText, store: ActivationStore | None, lm: LanguageModel, maps: Iterable[FeatureMap], probing: Probing
 ) -> list[Tensor]:
     def chunks() -> Iterable[Chunk]:
         return probe_chunks(data.texts, lm) if store is None else store.chunks(2048)
 
-    return pool_or_read(
-        probe_key(data, lm),
-        chunks,
-        len(data.texts),
-        list(maps),
-        lm.layers,
-        device=lm.device,
-        precision=probing.pooling,
-    )
+    key, texts = probe_key(data, lm), len(data.texts)
+    return pool_or_read(key, chunks, texts, list(maps), lm.layers, device=lm.device, precision=probing.pooling)
 
 
 def _feature_maps(
@@ -215,12 +216,13 @@ def _feature_maps(
     probing: Probing,
     seed: int,
     keep: bool,
-) -> dict[tuple[str, object], FeatureMap]:
-    """Channels of every layer asked for; latents and random control of every SAE."""
+) -> tuple[dict[tuple[str, object], FeatureMap], dict[str, Control]]:
+    """Channels of every layer asked for, latents of every SAE and random controls; and which control is whose."""
     dtype = torch.bfloat16 if probing.pooling == "bfloat16" else torch.float32
     sample = functools.cache(lambda: _sample(data, stores, lm))
     sampled = [probe_key(one, lm) for one in data] + [probing.cached]
     maps: dict[tuple[str, object], FeatureMap] = {}
+    control_of: dict[str, Control] = {}
     for layer in sorted({subject.layer for subject in subjects.values()}):
         maps["llm", layer] = FeatureMap(layer, lm.width, lambda acts_BD: acts_BD, ("llm",), channels=True)
     for name, (layer, sae, key) in subjects.items():
@@ -228,38 +230,35 @@ def _feature_maps(
             ["measures", layer, key, sampled], functools.partial(_measure, name, sae.to(lm.device), sample, layer)
         )
         _warn_of_scale(name, found["scale"])
-        l0 = controls.nearby_l0(found["l0"])
-        control = functools.partial(_random_control, sae.latents, l0, sample, layer, seed)
         codes = screened(sae, found["l0"]) if dtype == torch.float32 else functools.partial(encode_in, sae, dtype=dtype)
         maps["sae", name] = FeatureMap(layer, sae.latents, codes, ("sae", key), keep=keep)
-        codes = functools.partial(_made_when_needed, functools.cache(control))
-        maps["random", name] = FeatureMap(
-            layer, sae.latents, codes, ("random, bfloat16", sae.latents, l0, seed, sampled)
-        )
-    return maps
+        control_of[name] = control = (layer, sae.latents, controls.nearby_l0(found["l0"]))
+        maps.setdefault(("random", control), _control_map(control, sample, sampled, seed))
+    return maps, control_of
 
 
-def _made_when_needed(make: Callable[[], Callable[[Tensor], Tensor]], acts_BD: Tensor) -> Tensor:
-    return make()(acts_BD)
-
-
-@torch.no_grad()
 def _measure(name: str, sae: SAE, sample: Callable[[], dict[int, Tensor]], layer: int) -> dict[str, float]:
     """L0 and scale of an SAE's codes on the sample."""
     sample_BD = sample()[layer]
-    l0 = (sae.encode(sample_BD) > 0).sum().item() / sample_BD.shape[0]
     scale = controls.code_scale(sae, sample_BD)
     if not math.isfinite(scale):
         raise UserError(f"the codes of SAE {name} are not finite numbers: its weights are far too large")
-    return {"l0": l0, "scale": scale}
+    return {"l0": controls.code_l0(sae, sample_BD), "scale": scale}
 
 
-def _random_control(
-    latents: int, l0: float, sample: Callable[[], dict[int, Tensor]], layer: int, seed: int
-) -> Callable[[Tensor], Tensor]:
-    """Codes of a layer's random SAE. Making it takes a few texts through the model."""
-    generator = generator_for(seed, "random control", layer)
-    return controls.random_codes(controls.random_sae(latents, l0, sample()[layer], generator))
+def _control_map(
+    control: Control, sample: Callable[[], dict[int, Tensor]], sampled: list[Any], seed: int
+) -> FeatureMap:
+    """Codes of a random SAE, which is made when it is needed first: that takes a few texts through the model."""
+    layer, latents, l0 = control
+
+    @functools.cache
+    def codes() -> Callable[[Tensor], Tensor]:
+        generator = generator_for(seed, "random control", layer)
+        return controls.random_codes(controls.random_sae(latents, l0, sample()[layer], generator))
+
+    key = ("random, bfloat16", latents, l0, seed, sampled)
+    return FeatureMap(layer, latents, lambda acts_BD: codes()(acts_BD), key)
 
 
 def _sample(data: list[LabelledText], stores: dict[str, ActivationStore], lm: LanguageModel) -> dict[int, Tensor]:

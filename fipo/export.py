@@ -8,6 +8,9 @@ activations, with unit-norm decoder rows. With x = (acts - μ)·c in training:
 (SAELens encodes acts - b_dec, hence the second summand.) Codes come out in raw units, and thresholds are divided by
 c. `batchtopk` is saved as `jumprelu` with its learned thresholds, as SAELens does. Importance and statistics lie in a
 file beside it, since SAELens refuses unknown tensors. Nothing is ever unpickled.
+
+SAEs from elsewhere may have decoder rows of any norm. Reading one brings them to unit norm and its codes into units of
+the activations, as SAEBench does: W_enc, b_enc and threshold times ‖W_dec_F‖, which changes no reconstruction.
 """
 
 from pathlib import Path
@@ -20,6 +23,7 @@ from fipo.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.errors import UserError
 from fipo.files import read_json, write_json
+from fipo.progress import say
 from fipo.sae import SAE
 
 SAELENS_VERSION = "6.54.12"
@@ -29,6 +33,8 @@ READ = ("standard", "topk", "jumprelu")
 """Architectures of saved SAEs. SAELens saves a batchtopk as jumprelu."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes in which weights may be saved."""
+READING = "decoder norms folded"
+"""How saved SAEs are read; goes into the keys of what is kept of their codes, and changes when the codes do."""
 
 
 @torch.no_grad()
@@ -100,7 +106,8 @@ def save_sae(
 
 
 def load_sae(folder: Path | str) -> SAE:
-    """An SAE in SAELens' format as ours: raw activations in, raw activations out; in evaluation mode."""
+    """An SAE in SAELens' format as ours: raw activations in, raw activations out, decoder rows of unit norm (but for a
+    topk whose choice of latents that would change, which is warned of); in evaluation mode."""
     folder = Path(folder)
     config, tensors = read_json(folder / "cfg.json"), load_tensors(folder / "sae_weights.safetensors")
     if not isinstance(config, dict):
@@ -117,7 +124,10 @@ def load_sae(folder: Path | str) -> SAE:
     width, latents = _field(folder, config, "d_in", int), _field(folder, config, "d_sae", int)
     shapes = {"W_enc": (width, latents), "b_enc": (latents,), "W_dec": (latents, width), "b_dec": (width,)}
     shapes |= {"threshold": (latents,)} if architecture == "jumprelu" else {}
+    rescaled = _field(folder, {"rescale_acts_by_decoder_norm": False} | config, "rescale_acts_by_decoder_norm", bool)
     weights = _checked_weights(folder, tensors, shapes)
+    weights = _unit_rows(folder, weights, foldable=architecture != "topk" or rescaled)
+    weights = _checked_weights(folder, weights, shapes)
     for key in ("normalize_activations", "reshape_activations"):
         if config.get(key, "none") != "none":
             raise UserError(f"{folder}: {key} is not folded into the weights; fold it before saving")
@@ -156,16 +166,29 @@ def _checked_weights(folder: Path, tensors: dict[str, Tensor], shapes: dict[str,
     return weights
 
 
+def _unit_rows(folder: Path, weights: dict[str, Tensor], *, foldable: bool) -> dict[str, Tensor]:
+    """The same SAE with decoder rows of unit norm, those of ours bit for bit. Not `foldable`: left as it is."""
+    norm_F = torch.linalg.vector_norm(weights["W_dec"], dim=1, dtype=torch.float64)
+    if not foldable:
+        other_F = (norm_F - 1).abs() > 1e-2
+        if other_F.any():
+            say(
+                f"warning: {int(other_F.sum())} decoder rows of {folder} are not of unit norm (up to "
+                f"{norm_F.max().item():.3g}), and folding them would change which latents topk chooses: its codes are "
+                "probed in their own units; train with rescale_acts_by_decoder_norm, or compare with care"
+            )
+        return weights
+    norm_F = torch.where((norm_F - 1).abs() < 1e-5, 1, norm_F.clamp_min(1e-8)).float()  # as SAELens: nothing by 0
+    folded = {name: weights[name] * norm_F for name in ("W_enc", "b_enc", "threshold") if name in weights}
+    return weights | folded | {"W_dec": weights["W_dec"] / norm_F[:, None]}
+
+
 def _activation(folder: Path, architecture: str, config: dict[str, Any], weights: dict[str, Tensor]) -> Activation:
     latents = config["d_sae"]
     match architecture:
         case "standard":
             return ReLU()
         case "topk":
-            norm_F = weights["W_dec"].norm(dim=1)
-            unit = ((norm_F - 1).abs() < 1e-2) | (norm_F < 1e-6)
-            if config.get("rescale_acts_by_decoder_norm", False) is not False and not unit.all():
-                raise UserError(f"{folder}: decoder rows are not of unit norm; fold the norm before saving")
             if (k := _field(folder, config, "k", int)) > latents:
                 raise UserError(f"{folder}/cfg.json: k is {k}; expected at most d_sae, {latents}")
             return TopK(k)

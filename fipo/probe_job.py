@@ -10,60 +10,73 @@ from typing import Any
 from fipo import report
 from fipo.checkpoint import save_tensors
 from fipo.config import Probing
-from fipo.data.labelled import load_all
-from fipo.errors import UserError
-from fipo.evaluate import load_subject, probe
+from fipo.data.labelled import LabelledText, load_all
+from fipo.done import read_done, result_key
+from fipo.evaluate import DatasetScores, load_subject, probe
 from fipo.files import writable, write_json
+from fipo.memory import enough_memory
 from fipo.provenance import hardware, provenance
+from fipo.records import to_dict
 from fipo.results import OUTCOMES_SUFFIX, RESULT_SUFFIX
 from fipo.saebench import Setting, sparse_probing_record
 from fipo.saved import Saved, file_names, find_saved, load_model
 from fipo.summary import accuracies, extras, outcomes
 
+TO_LOWER = "the number of SAEs given at once, --train or --test"
+
 
 def run(folders: Sequence[Path], probing: Probing, seed: int, out: Path | None, **chosen: Any) -> None:
-    """Probe, print, and write `out`/NAME_eval_results.json; `chosen`: model, dtype and context where they are to differ
-    from what the SAEs say."""
+    """Probe, write `out`/NAME_eval_results.json, and print; `chosen`: model, dtype and context where they are to differ
+    from what the SAEs say. What the same command has written before, as far as it came, is left as it is."""
     saved = find_saved(folders)
     files = file_names(saved)
-    with writable(out, "--out"):
-        for file in files.values() if out is not None else ():
-            if (out / f"{file}{RESULT_SUFFIX}").exists():
-                raise UserError(f"{out} already holds a result of {file}; name another --out, or remove it")
-        _run(saved, files, probing, seed, out, chosen)
-
-
-def _run(
-    saved: Sequence[Saved], files: dict[str, str], probing: Probing, seed: int, out: Path | None, chosen: dict[str, Any]
-) -> None:
-    lm = load_model(saved, **chosen)
-    data = load_all(probing, seed)
-    subjects = {one.name: load_subject(one.folder, one.layer) for one in saved}
-    scores = probe(lm, data, subjects, probing, seed)
-    origin = {**provenance(), "hardware": hardware(lm.device)}
-    console = report.make_console()
-    for one in saved:
+    with writable(out, "--out"), enough_memory("probing", TO_LOWER):
+        lm = load_model(saved, **chosen)
+        data = load_all(probing, seed)
+        subjects = {one.name: load_subject(one.folder, one.layer) for one in saved}
+        asked = [to_dict(probing) | {"datasets": [one.fingerprint for one in data]}, seed]
+        keys = {name: result_key(subject, lm, asked) for name, subject in subjects.items()}
+        records = {} if out is None else _done(out, files, keys)
+        missing = {name: subject for name, subject in subjects.items() if name not in records}
+        scores = probe(lm, data, missing, probing, seed) if missing else {}
+        origin = {**provenance(), "hardware": hardware(lm.device)}
         setting = Setting(
             probing=probing,
             seed=seed,
             model=lm.name,
             dtype=str(lm.dtype).removeprefix("torch."),
             context=lm.context,
-            release=f"fipo_{one.name}",
-            training_tokens=_training_tokens(one.run),
+            release="",
+            training_tokens=None,
             commit=origin["git_revision"],
         )
-        found = scores[one.name]
-        record = {
-            **sparse_probing_record(setting, accuracies(found), one.config),
-            **extras(found, data),
-            "sae": one.described,
-            **origin,
-        }
-        console.print(report.probing_table(one.name, record, {}, tasks=True))
-        if out is not None:
-            save_tensors(out / f"{files[one.name]}{OUTCOMES_SUFFIX}", outcomes(found))
-            write_json(out / f"{files[one.name]}{RESULT_SUFFIX}", record)
+        for one in saved:
+            if one.name in missing:
+                record = {**_record(one, setting, scores[one.name], data), "key": keys[one.name], **origin}
+                records[one.name] = record
+                if out is not None:
+                    save_tensors(out / f"{files[one.name]}{OUTCOMES_SUFFIX}", outcomes(scores[one.name]))
+                    write_json(out / f"{files[one.name]}{RESULT_SUFFIX}", record)
+        for one in saved:  # once all is on disk: who reads may leave
+            report.make_console().print(report.probing_table(one.name, records[one.name], {}, tasks=True))
+
+
+def _done(out: Path, files: dict[str, str], keys: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Name -> result of every SAE whose files are there."""
+    found = {name: read_done(out / f"{file}{RESULT_SUFFIX}", keys[name]) for name, file in files.items()}
+    whole = {name for name, file in files.items() if (out / f"{file}{OUTCOMES_SUFFIX}").exists()}
+    return {name: record for name, record in found.items() if record is not None and name in whole}
+
+
+def _record(
+    one: Saved, setting: Setting, found: Sequence[DatasetScores], data: Sequence[LabelledText]
+) -> dict[str, Any]:
+    setting = setting._replace(release=f"fipo_{one.name}", training_tokens=_training_tokens(one.run))
+    return {
+        **sparse_probing_record(setting, accuracies(found), one.config),
+        **extras(found, data),
+        "sae": one.described,
+    }
 
 
 def _training_tokens(run: dict[str, Any]) -> int | None:

@@ -18,6 +18,10 @@ from fipo.summary import accuracies, extras
 OUTCOMES = "probing_outcomes.safetensors"
 DECADES = 10
 """Largest over smallest value from which a logarithmic axis has ticks at 1, 2 and 5 of every decade."""
+KINDS = {"sae": "SAE", "llm": "LLM", "pca": "PCA", "random": "random"}
+"""What is probed, in the order of a cell of the table."""
+WIDEST = 400
+"""Columns of a table in a file or a pipe; beyond them cells are broken into lines."""
 
 
 def probing_record(
@@ -138,9 +142,9 @@ def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
 
 
 def print_results(out_dir: Path) -> None:
-    """Dataset by k for every layer: SAE latents, the model's channels and a random SAE; and, where their folders are
-    beside this one, the latents of the run's baseline: run_0, or for BatchTopK run_8 and the frozen decoder of run_7.
-    """
+    """Dataset by k for every layer: SAE latents, the model's channels, its principal components and a random SAE; and,
+    where their folders are beside this one, the latents of the run's baseline: run_0, or for BatchTopK run_8 and the
+    frozen decoder of run_7."""
     info = read_json(out_dir / FINAL)
     baselines = ("run_8", "run_7") if info["architecture"] == "batchtopk" else ("run_0",)
     others = {run: _beside(out_dir, run, info["eval_config"]["dataset_names"]) for run in baselines}
@@ -154,11 +158,11 @@ def print_results(out_dir: Path) -> None:
 
 
 def make_console() -> Any:
-    """Where tables are printed: the terminal at its width, anything else at 160 columns."""
+    """Where tables are printed: the terminal at its width, anything else as wide as the table is."""
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=160)
+    return console if console.is_terminal else Console(width=WIDEST)
 
 
 def _beside(out_dir: Path, run: str, datasets: list[str]) -> dict[str, Any] | None:
@@ -177,12 +181,13 @@ def _beside(out_dir: Path, run: str, datasets: list[str]) -> dict[str, Any] | No
 
 
 def probing_table(title: str, record: dict[str, Any], others: dict[str, dict[str, Any]], tasks: bool = False) -> Any:
-    """Test accuracy of the k best features: SAE | channels | random SAE (| the SAEs of other records), by dataset and,
-    with `tasks`, by class; below the means and the margin over the random SAE with its standard error."""
+    """Test accuracy of the k best features: SAE | channels | principal components | random SAE (| the SAEs of other
+    records), by dataset and, with `tasks`, by class; below the means, where splits were drawn several times the spread
+    of the means, and the margin over the random SAE with its standard error."""
     from rich.table import Table
 
     ks = record["eval_config"]["k_values"]
-    names = ["SAE", "LLM", "random", *others]
+    names = [*KINDS.values(), *others]
     table = Table(title=f"{title}: test accuracy of the k best, {' | '.join(names)}", title_justify="left")
     table.add_column("dataset")
     for k in ks:
@@ -192,22 +197,24 @@ def probing_table(title: str, record: dict[str, Any], others: dict[str, dict[str
         table.add_row(row["name"], *(_cell(row, k, others_rows) for k in ks))
     margins = record["eval_result_controls"]["margin_over_random"]
     table.add_section()
-    table.add_row("over random", *(_margin(margins[f"top_{k}"]) for k in ks))
+    table.add_row("over random", *(margin_text(margins[f"top_{k}"]) for k in ks))
     return table
 
 
 def _cell(row: dict[str, Any], k: int, others: list[dict[str, Any]]) -> str:
-    values = [row.get(metric_name(who, k)) for who in ("sae", "llm", "random")]
+    values = [row.get(metric_name(who, k)) for who in KINDS]
     values += [other.get(metric_name("sae", k)) for other in others]
     return " | ".join("-" if value is None else f"{value:.3f}" for value in values)
 
 
-def _margin(margin: dict[str, float]) -> str:
-    return f"{margin['difference']:+.3f} ± {margin['standard_error']:.3f}"
+def margin_text(margin: dict[str, float | None]) -> str:
+    """A difference and its standard error, where there is one."""
+    error = margin["standard_error"]
+    return f"{margin['difference']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _rows(record: dict[str, Any], tasks: bool) -> list[dict[str, Any]]:
-    """Values by metric for every dataset (and class), and their means, each with its name."""
+    """Values by metric for every dataset (and class), their means and the spread of those, each with its name."""
     controls = record["eval_result_controls"]
     rows = []
     for dataset, metrics in dataset_metrics(record).items():
@@ -215,7 +222,13 @@ def _rows(record: dict[str, Any], tasks: bool) -> list[dict[str, Any]]:
         by_metric = record["eval_result_unstructured"][metrics["dataset_name"]] if tasks else {}
         classes = next(iter(by_metric.values()), {})
         rows += [{"name": f"  {label}", **{m: values[label] for m, values in by_metric.items()}} for label in classes]
-    return [*rows, {"name": "mean", **overall_metrics(record), **controls["mean"]}]
+    rows.append({"name": "mean", **overall_metrics(record), **controls["mean"]})
+    spreads = record.get("eval_result_statistics", {}).get("repeats", {}).get("suite", {})
+    draws = max((spread["draws"] for spread in spreads.values()), default=1)
+    if draws > 1:
+        sds = {metric: spread["standard_deviation"] for metric, spread in spreads.items()}
+        rows.append({"name": f"sd over {draws} draws", **sds})
+    return rows
 
 
 def _find_row(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class Saved(NamedTuple):
     """An SAE on disk."""
 
     name: str
-    """Unique among those probed together."""
+    """Unique among those probed together; a run's name is part of it."""
     folder: Path
     layer: int
     """The block whose output it reads."""
@@ -57,7 +57,8 @@ def find_saved(folders: Sequence[Path]) -> list[Saved]:
             config = _config(one)
             found.append(Saved("", one, _layer(one, config["metadata"]), config, _run_of(one)))
     parts = [one.folder.resolve().parts for one in found]
-    common = min(len(part) for part in parts) - 1
+    within_run = [bool(one.run) or one.folder not in folders for one in found]
+    common = max(1, min(len(part) - 1 - inside for part, inside in zip(parts, within_run, strict=True)))
     while common and len({part[:common] for part in parts}) > 1:
         common -= 1
     names = ["/".join(part[common:]) for part in parts]
@@ -80,6 +81,10 @@ def _config(folder: Path) -> dict[str, Any]:
     """Content of cfg.json, with what it says of the model checked; what it leaves out is for the command to say."""
     file = folder / "cfg.json"
     config = read_json(file)
+    if isinstance(config, dict) and "metadata" not in config and config.keys() & {"hook_name", "hook_point"}:
+        raise UserError(
+            f"{file} was saved by SAELens before version 6, without `metadata`; load it in SAELens 6 and save it anew"
+        )
     metadata = config.get("metadata", {}) if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(metadata, dict):
         raise UserError(f"{file} is no mapping with a mapping `metadata`; expected an SAE in SAELens' format")

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fipo import controls, report
 from fipo.data.lm import LanguageModel
-from fipo.errors import UserError
-from fipo.evaluate import Subject, check_fits, load_subject
-from fipo.files import read_json, sha256_json, writable, write_json
+from fipo.done import read_done, result_key
+from fipo.evaluate import check_fits, load_subject
+from fipo.files import writable, write_json
+from fipo.memory import enough_memory
 from fipo.pooling import keep, read_kept
 from fipo.progress import progress
 from fipo.provenance import hardware, provenance
@@ -28,6 +29,7 @@ from fipo.suite_table import Scores, mean_and_error, mean_score
 
 SAMPLE_DATASETS = 8
 """The first datasets, on whose last tokens the L0 of an SAE is found for its random control."""
+TO_LOWER = "the number of SAEs given at once, or name fewer --datasets"
 
 
 def run(
@@ -38,43 +40,29 @@ def run(
     saved = find_saved(folders)
     files = {name: f"{file}{SUITE_RESULT_SUFFIX}" for name, file in file_names(saved).items()}
     datasets = list(suite_datasets(names))
-    with writable(out, "--out"):
+    with writable(out, "--out"), enough_memory("probing", TO_LOWER):
         lm = load_model(saved, **chosen)
         subjects = {one.name: load_subject(one.folder, one.layer) for one in saved}
         for name, subject in subjects.items():
             check_fits(name, subject, lm, ks)
-        keys = {name: _key(subject, datasets, lm, ks, seed) for name, subject in subjects.items()}
-        done = {name: _done(out / file, keys[name]) for name, file in files.items() if out is not None}
-        missing = [one for one in saved if done.get(one.name) is None]
+        asked = [[tuple(data) for data in datasets], list(ks), seed]
+        keys = {name: result_key(subject, lm, asked) for name, subject in subjects.items()}
+        done = {name: read_done(out / file, keys[name]) for name, file in files.items() if out is not None}
+        records = {name: record for name, record in done.items() if record is not None}
+        missing = [one for one in saved if one.name not in records]
         acts = _all_activations(datasets, lm) if missing else []
         origin = {**provenance(), "hardware": hardware(lm.device)}
         with progress("probing", len(missing) * len(datasets), "datasets") as advance:
-            for one in saved:
-                record = done.get(one.name)
-                if record is None:
-                    place = lm.layers.index(one.layer)
-                    layer_acts = [acts_NLD[:, place] for acts_NLD in acts]
-                    results = _results(one, subjects[one.name].sae, datasets, layer_acts, ks, seed, advance)
-                    record = {**_record(one, results, ks, lm), "key": keys[one.name], **origin}
-                    if out is not None:
-                        write_json(out / files[one.name], record)
-                report.make_console().print(_table(one.name, record["results"], ks))
-
-
-def _key(subject: Subject, datasets: Sequence[SuiteDataset], lm: LanguageModel, ks: Sequence[int], seed: int) -> str:
-    """Names all that a result depends on."""
-    model = [lm.model_hash, lm.tokenizer_hash, str(lm.dtype), lm.context]
-    return sha256_json([subject.layer, subject.key, [tuple(data) for data in datasets], model, list(ks), seed])
-
-
-def _done(file: Path, key: str) -> dict[str, Any] | None:
-    """The result that is there already; one of other settings is a `UserError`."""
-    if not file.exists():
-        return None
-    record = read_json(file)
-    if not isinstance(record, dict) or record.get("key") != key:
-        raise UserError(f"{file} is the result of another SAE or of other settings; name another --out, or remove it")
-    return record
+            for one in missing:
+                place = lm.layers.index(one.layer)
+                layer_acts = [acts_NLD[:, place] for acts_NLD in acts]
+                results = _results(one, subjects[one.name].sae, datasets, layer_acts, ks, seed, advance)
+                record = {**_record(one, results, ks, seed, lm), "key": keys[one.name], **origin}
+                records[one.name] = record
+                if out is not None:
+                    write_json(out / files[one.name], record)
+        for one in saved:  # once all is on disk: who reads may leave
+            report.make_console().print(_table(one.name, records[one.name]["results"], ks))
 
 
 def _all_activations(datasets: Sequence[SuiteDataset], lm: LanguageModel) -> list[Tensor]:
@@ -104,30 +92,28 @@ def _results(
     """Of an SAE on every dataset, whose last-token activations [N, D] are given."""
     control, results = _control(sae, torch.cat(list(acts[:SAMPLE_DATASETS])), seed, one), {}
     for data, acts_ND in zip(datasets, acts, strict=True):
-        results[data.name] = _probe(data, acts_ND, sae, control, ks)
+        results[data.name] = _probe(data, acts_ND, sae, control, ks, seed)
         advance(1, f"{data.name} {one.name}")
     return results
 
 
-@torch.no_grad()
 def _control(sae: SAE, sample_BD: Tensor, seed: int, one: Saved) -> SAE:
-    l0 = (sae.encode(sample_BD) > 0).sum().item() / sample_BD.shape[0]
-    generator = generator_for(seed, "random control", one.layer)
-    return controls.random_sae(sae.latents, controls.nearby_l0(l0), sample_BD, generator)
+    l0 = controls.nearby_l0(controls.code_l0(sae, sample_BD))
+    return controls.random_sae(sae.latents, l0, sample_BD, generator_for(seed, "random control", one.layer))
 
 
 @torch.no_grad()
 def _probe(
-    data: SuiteDataset, acts_ND: Tensor, sae: SAE, control: SAE, ks: Sequence[int]
+    data: SuiteDataset, acts_ND: Tensor, sae: SAE, control: SAE, ks: Sequence[int], seed: int
 ) -> dict[str, dict[str, dict[str, Any]]]:
     features = {"sae": sae.encode(acts_ND), "llm": acts_ND, "random": control.encode(acts_ND)}
     return {
-        who: {str(k): score._asdict() for k, score in probe_scores(values_NF, data.labels, ks).items()}
+        who: {str(k): score._asdict() for k, score in probe_scores(values_NF, data.labels, ks, seed).items()}
         for who, values_NF in features.items()
     }
 
 
-def _record(one: Saved, results: Scores, ks: Sequence[int], lm: LanguageModel) -> dict[str, Any]:
+def _record(one: Saved, results: Scores, ks: Sequence[int], seed: int, lm: LanguageModel) -> dict[str, Any]:
     means = {
         who: {str(k): {metric: mean_score(results, who, k, metric) for metric in SUITE_METRICS} for k in ks}
         for who in ("sae", "llm", "random")
@@ -135,6 +121,7 @@ def _record(one: Saved, results: Scores, ks: Sequence[int], lm: LanguageModel) -
     return {
         "suite": "sae-probes",
         "setting": "normal",
+        "random_seed": seed,
         "model": lm.name,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "context": lm.context,
@@ -166,4 +153,7 @@ def _table(title: str, results: Scores, ks: Sequence[int]) -> Any:
             " | ".join(f"{mean_score(results, who, k, metric):.3f}" for who in ("sae", "llm", "random")) for k in ks
         )
         table.add_row(metric, *cells)
+    table.add_section()
+    for metric in SUITE_METRICS:
+        table.add_row(f"{metric} over random", *(report.margin_text(_margin(results, k, metric)) for k in ks))
     return table

@@ -74,6 +74,8 @@ def outcomes(results: Sequence[DatasetScores]) -> dict[str, Tensor]:
 
 
 def _controls(results: Sequence[DatasetScores]) -> dict[str, Any]:
+    """Accuracies of the controls and the margin over the random SAE. Its standard error is that of the texts, given
+    this one random SAE: what another draw of it would change is not in it, and may be as much."""
     ks = list(results[0].scores["sae"].right)
     by_dataset = {
         one.name: {metric_name(who, k): one.scores[who].right[k].double().mean().item() for who in CONTROLS for k in ks}

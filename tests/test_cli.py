@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ from fipo.activations import ReLU, TopK
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.cli import main
 from fipo.data.store import cache_root
+from fipo.errors import UserError
 from fipo.export import save_sae
 from fipo.sae import SAE
 from fipo.sae_probes_suite import SuiteDataset
@@ -51,7 +53,7 @@ def test_probes_runs_and_single_saes_in_one_go(saved, labelled_folders, capsys):
     code, shown, _ = probe(capsys, [saved / "run_3", saved / "other"], labelled_folders, "--out", out)
     assert code == 0
     for name in ("run_3/layer_0", "run_3/layer_1", "other"):
-        assert f"{name}: test accuracy of the k best, SAE | LLM | random" in shown
+        assert f"{name}: test accuracy of the k best, SAE | LLM | PCA | random" in shown
     for label in ("topics", "sport", "money", "mean", "over random"):
         assert shown.count(label) >= 3
     files = {file.name for file in out.iterdir()}
@@ -74,6 +76,83 @@ def test_the_same_command_gives_the_same_numbers(saved, labelled_folders, capsys
     first, second = results
     assert first["eval_result_unstructured"] == second["eval_result_unstructured"]
     assert first["eval_result_controls"] == second["eval_result_controls"]
+
+
+def row(shown, name):
+    """The cells of the first row of this name, as lists of texts."""
+    line = next(line for line in shown.splitlines() if line.startswith(f"│ {name} "))
+    return [cell.split() for cell in line.strip("│").split("│")][1:]
+
+
+def test_the_table_has_all_controls_and_the_spread_over_repeats(saved, labelled_folders, capsys):
+    out, ks = saved / "out", (1, 5)
+    wide = "--k", "1,2,3,4,5,6"
+    _, shown, _ = probe(capsys, [saved / "other"], labelled_folders, "--repeats", 3, "--out", out)
+    record = json.loads((out / "other_eval_results.json").read_text())
+    controls, repeats = record["eval_result_controls"]["mean"], record["eval_result_statistics"]["repeats"]["suite"]
+    for cell, k in zip(row(shown, "mean"), ks, strict=True):
+        assert cell[4::2] == [f"{controls[f'{who}_top_{k}_test_accuracy']:.3f}" for who in ("pca", "random")]
+    for cell, k in zip(row(shown, "sd over 3 draws"), ks, strict=True):
+        names = [f"{who}_top_{k}_test_accuracy" for who in ("sae", "llm", "pca", "random")]
+        assert cell[::2] == [f"{repeats[name]['standard_deviation']:.3f}" for name in names]
+    _, shown, _ = probe(capsys, [saved / "other"], labelled_folders, *wide)
+    assert (
+        "sd over" not in shown and len(row(shown, "mean")) == 6 and all(len(cell) == 7 for cell in row(shown, "mean"))
+    )
+
+
+def test_what_was_stopped_goes_on_and_other_settings_are_refused(saved, labelled_folders, capsys, monkeypatch):
+    from fipo import probe_job
+
+    given, out, original = (saved / "run_3", saved / "other"), saved / "out", probe_job.write_json
+    with monkeypatch.context() as patch:
+
+        def disk_of_one(path, record):
+            if list(out.glob("*.json")):
+                raise UserError(f"cannot write {path}: no space left on the device")
+            original(path, record)
+
+        patch.setattr(probe_job, "write_json", disk_of_one)
+        code, shown, _ = probe(capsys, given, labelled_folders, "--out", out)
+        assert code == 2 and not shown, "files come first"
+    (first,) = out.glob("*.json")
+    written = {file: file.stat().st_mtime_ns for file in (first, out / "run_3_layer_0_outcomes.safetensors")}
+    code, shown, _ = probe(capsys, given, labelled_folders, "--out", out)
+    assert code == 0 and shown.count("over random") == 3 and len(list(out.iterdir())) == 6
+    assert all(file.stat().st_mtime_ns == time for file, time in written.items())
+    assert probe(capsys, given, labelled_folders, "--out", out)[:2] == (0, shown)
+    (out / "other_outcomes.safetensors").unlink()
+    assert probe(capsys, given, labelled_folders, "--out", out)[:2] == (0, shown) and len(list(out.iterdir())) == 6
+    for changed in (["--seed", 3], ["--k", 1], ["--test", 8], ["--repeats", 2], ["--context", 12]):
+        code, shown, told = probe(capsys, given, labelled_folders, *changed, "--out", out)
+        assert code == 2 and not shown and "of another SAE or of other settings" in told, changed
+    assert probe(capsys, given, labelled_folders[:1], "--out", out)[0] == 2
+    write_again(saved / "other", 8)
+    assert probe(capsys, given, labelled_folders, "--out", out)[0] == 2
+
+
+def write_again(folder, seed):
+    """Another SAE of the same size and setting."""
+    tensors = load_tensors(folder / "sae_weights.safetensors")
+    tensors["b_enc"] = torch.randn(32, generator=seeded(seed))
+    save_tensors(folder / "sae_weights.safetensors", tensors)
+
+
+@pytest.mark.usefixtures("small_suite")
+@pytest.mark.parametrize("suite", ["saebench", "sae-probes"])
+def test_a_reader_that_leaves_takes_no_file_along(suite, saved, labelled_folders, monkeypatch):
+    """As `fipo probe ... | head` does."""
+
+    class Closed:
+        def print(self, *_given):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("fipo.report.make_console", Closed)
+    datasets = SIZES + ["--datasets", *map(str, labelled_folders)] if suite == "saebench" else ["--k", "1"]
+    given = [str(saved / "run_3"), str(saved / "other"), "--suite", suite, *datasets, "--out", str(saved / "out")]
+    with pytest.raises(BrokenPipeError):
+        main(["probe", *given])
+    assert len(list((saved / "out").glob("*_results.json"))) == 3
 
 
 def test_comparing_results(saved, labelled_folders, capsys):
@@ -148,7 +227,7 @@ def mistake(case, saved, labelled):
         case "result in the way":
             (saved / "out").mkdir()
             (saved / "out" / "other_eval_results.json").write_text("{}")
-            return [other], labelled, ["--out", saved / "out"], "already holds a result of other"
+            return [other], labelled, ["--out", saved / "out"], "of other settings; name another --out, or remove it"
         case "damaged":
             (other / "sae_weights.safetensors").write_bytes(b"no")
             return [other], labelled, [], "damaged"
@@ -248,6 +327,34 @@ def test_what_goes_into_a_block_is_what_comes_out_of_the_one_before(metadata, la
     assert find_saved([saved / "other"])[0].layer == layer
 
 
+@pytest.mark.parametrize("names", [{}, {"hook_name": "hook_point"}])
+def test_the_flat_config_of_saelens_before_version_6(names, saved, labelled_folders, capsys):
+    config = json.loads((saved / "other" / "cfg.json").read_text())
+    flat = {names.get(key, key): value for key, value in (config | config.pop("metadata")).items() if key != "metadata"}
+    (saved / "other" / "cfg.json").write_text(json.dumps(flat))
+    code, shown, told = probe(capsys, [saved / "other"], labelled_folders)
+    assert code == 2 and not shown
+    assert "cfg.json was saved by SAELens before version 6" in told and "load it in SAELens 6 and save it anew" in told
+
+
+def test_a_run_given_alone_keeps_its_name(saved, monkeypatch):
+    def names(*folders):
+        return [one.name for one in find_saved(folders)]
+
+    run, other = saved / "run_3", saved / "other"
+    assert names(run) == ["run_3/layer_0", "run_3/layer_1"] == names(run / "layer_0", run / "layer_1")
+    assert names(run / "layer_1") == ["run_3/layer_1"] and names(other) == ["other"]
+    assert names(other, run) == ["other", "run_3/layer_0", "run_3/layer_1"]
+    (run / "config.yaml").unlink()
+    assert names(run) == ["run_3/layer_0", "run_3/layer_1"] and names(run / "layer_1") == ["layer_1"]
+    monkeypatch.chdir(run)
+    assert names(Path(".")) == ["run_3/layer_0", "run_3/layer_1"]
+    for seed in (42, 43):
+        shutil.copytree(run, saved / f"seed_{seed}" / "run_3")
+    of_seeds = names(*(saved / f"seed_{seed}" / "run_3" for seed in (42, 43)))
+    assert of_seeds == [f"seed_{seed}/run_3/layer_{layer}" for seed in (42, 43) for layer in (0, 1)]
+
+
 @pytest.mark.parametrize("content", ["workload: minilm\n", "run: x\nworkload: null\n", "run: 3\n"])
 def test_a_config_beside_an_sae_that_is_none_of_ours_says_nothing(content, saved):
     (saved / "config.yaml").write_text(content)
@@ -313,6 +420,9 @@ def test_suite_of_sae_probes(saved, capsys):
     margin = [scores["sae"]["1"]["f1"] - scores["random"]["1"]["f1"] for scores in record["results"].values()]
     assert record["margin_over_random"]["1"]["f1"]["difference"] == pytest.approx(sum(margin) / 2)
     assert len(record["results"]["1_topic"]["llm"]["2"]["latents"]) == 2
+    one = json.loads((out / "run_3_layer_0_sae_probes_results.json").read_text())["margin_over_random"]
+    told_of = [[f"{m['difference']:+.3f}", "±", f"{m['standard_error']:.3f}"] for m in (one[k]["auc"] for k in one)]
+    assert row(shown, "auc over random") == told_of and len(told_of) == 3
     capsys.readouterr()
     (out / "other_sae_probes_results.json").unlink()
     written = {file: file.stat().st_mtime_ns for file in out.iterdir()}
@@ -323,7 +433,44 @@ def test_suite_of_sae_probes(saved, capsys):
     assert json.loads((out / "other_sae_probes_results.json").read_text())["results"]
     assert main([*arguments, "--k", "1,2"]) == 2 and "of other settings" in capsys.readouterr().err
     assert main([*arguments[:4], "sae-probes", "--datasets", "2_topic"]) == 0
-    assert "mean over 1 datasets" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "mean over 1 datasets" in shown and all(len(cell) == 1 for cell in row(shown, "f1 over random"))
+
+
+@pytest.mark.usefixtures("small_suite")
+def test_the_seed_draws_the_second_suites_splits_as_well(saved, capsys):
+    records = {}
+    for seed in (None, 42, 43):
+        given = ["--suite", "sae-probes", "--k", "1", "--datasets", "1_topic", "--out", str(saved / f"seed_{seed}")]
+        assert main(["probe", str(saved / "other"), *given, *([] if seed is None else ["--seed", str(seed)])]) == 0
+        records[seed] = json.loads((saved / f"seed_{seed}" / "other_sae_probes_results.json").read_text())
+    assert records[None]["results"] == records[42]["results"]
+    assert [record["random_seed"] for record in records.values()] == [42, 42, 43]
+    for who in ("sae", "llm", "random"):
+        scores = [records[seed]["results"]["1_topic"][who]["1"]["validation_auc"] for seed in (42, 43)]
+        assert scores[0] != scores[1], who
+    capsys.readouterr()
+    assert main(["probe", str(saved / "other"), *given, "--seed", str(2**32)]) == 2
+    assert "--seed is 4294967296; expected zero or more, for sae-probes of at most 32 bits" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_suite")
+@pytest.mark.parametrize(
+    ("broken", "more", "lower"),
+    [
+        ("fipo.probe_job.probe", SIZES, "lower the number of SAEs given at once, --train or --test"),
+        ("fipo.suite_job.last_token_activations", ["--suite", "sae-probes"], "or name fewer --datasets"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(broken, more, lower, saved, labelled_folders, capsys, monkeypatch):
+    def no_memory(*_given, **_named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB.")
+
+    monkeypatch.setattr(broken, no_memory)
+    datasets = map(str, labelled_folders) if more == SIZES else ["1_topic"]
+    assert main(["probe", str(saved / "other"), *more, "--datasets", *datasets]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "out of memory in probing" in told and lower in told
 
 
 @pytest.mark.usefixtures("small_suite")

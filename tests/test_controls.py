@@ -5,8 +5,9 @@ import pytest
 import torch
 from toys import seeded
 
+from fipo import controls
 from fipo.activations import ReLU
-from fipo.controls import code_scale, nearby_l0, principal_components, random_codes, random_sae
+from fipo.controls import code_l0, code_scale, nearby_l0, principal_components, random_codes, random_sae
 from fipo.sae import SAE
 
 
@@ -86,3 +87,23 @@ def test_code_scale_sees_what_is_not_folded():
     with torch.no_grad():
         sae.enc_FD.mul_(1e-3)
     assert code_scale(sae, acts_BD) == pytest.approx(1e-3)
+
+
+def test_a_sample_is_encoded_in_pieces(monkeypatch):
+    """The same control, L0 and scale, without the whole matrix of codes."""
+    sae, sample_BD, seen, original = trained(), sample(), [], SAE.pre_codes
+
+    def counted(self, x_BD, latents_N=None):
+        seen.append(len(x_BD))
+        return original(self, x_BD, latents_N)
+
+    monkeypatch.setattr(SAE, "pre_codes", counted)
+    found = []
+    for codes in (2**24, 100 * 64):
+        monkeypatch.setattr(controls, "CODES_AT_ONCE", codes)
+        control = random_sae(64, 5.0, sample_BD, seeded(3))
+        found.append((control.activation.threshold_F, code_l0(sae, sample_BD), code_scale(sae, sample_BD)))
+    (whole_F, l0, scale), (pieces_F, l0_of_pieces, scale_of_pieces) = found
+    torch.testing.assert_close(pieces_F, whole_F)
+    assert l0_of_pieces == l0 and scale_of_pieces == pytest.approx(scale)
+    assert seen == 3 * [400] + 12 * [100]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from toys import seeded
 
+from fipo import controls
 from fipo.activations import ReLU
 from fipo.config import Probing
 from fipo.data.labelled import load_labelled
@@ -70,6 +71,25 @@ def test_all_in_one_pass_is_each_alone(lm, data):
             for who in ours.scores:
                 for k in (1, 5):
                     assert ours.scores[who].right[k].equal(theirs.scores[who].right[k]), (name, who)
+
+
+def test_saes_of_a_layer_size_and_l0_share_one_random_control(lm, data, monkeypatch):
+    made, fitted, original, fit = [], [], controls.random_sae, Draws.score
+
+    def counted(latents, l0, sample_BD, generator):
+        made.append((latents, l0))
+        return original(latents, l0, sample_BD, generator)
+
+    def scored(self, who, features_NF, *, full):
+        fitted.append(who)
+        return fit(self, who, features_NF, full=full)
+
+    monkeypatch.setattr(controls, "random_sae", counted)
+    monkeypatch.setattr(Draws, "score", scored)
+    one = subject(0, 1)
+    found = probe(lm, data, {"a": one, "b": one, "c": one, "d": subject(1, 1)}, PROBING, 5)
+    assert len(made) == 2 and fitted.count("random") == 2 * len(data) and fitted.count("sae") == 4 * len(data)
+    assert all(found["a"][n].scores["random"] is found["c"][n].scores["random"] for n in range(len(data)))
 
 
 def test_one_pass_for_all_and_none_the_second_time(lm, data, monkeypatch):

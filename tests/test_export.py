@@ -196,6 +196,7 @@ def test_wrong_threshold_shape(tmp_path):
         ({"d_sae": -1}, "d_sae is -1; expected int"),
         ({"architecture": ["standard"]}, "architecture is .'standard'.; expected str"),
         ({"apply_b_dec_to_input": 1}, "apply_b_dec_to_input is 1; expected bool"),
+        ({"rescale_acts_by_decoder_norm": "yes"}, "rescale_acts_by_decoder_norm is 'yes'; expected bool"),
         (
             {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}},
             "activation_fn_str of a standard SAE is 'topk'",
@@ -249,10 +250,63 @@ def test_an_unknown_tensor(folder):
         load_sae(folder)
 
 
-def test_topk_that_rescales_by_norms_other_than_one(tmp_path):
-    save(tmp_path, trained("topk"))
+def with_other_norms(tensors):
+    """The same SAE as its trainer may leave it: decoder rows of any norm, and what comes before them against that."""
+    scale_F = (2 * torch.randn(LATENTS, generator=seeded(8))).exp()
+    tensors["W_dec"] = tensors["W_dec"] * scale_F[:, None]
+    for name in ("W_enc", "b_enc", "threshold"):
+        if name in tensors:
+            tensors[name] = tensors[name] / scale_F
+
+
+@torch.no_grad()
+def test_decoder_norms_of_saes_from_elsewhere_are_folded(sae, folder, capsys):
+    """Which latents are on, their codes in units of the activations, and the reconstruction."""
+    acts_BD, unit = raw(sae), load_sae(folder)
+    change_tensors(folder, with_other_norms)
+    loaded = load_sae(folder)
+    torch.testing.assert_close(loaded.dec_FD, unit.dec_FD)
+    torch.testing.assert_close(loaded.encode(acts_BD), unit.encode(acts_BD), rtol=1e-4, atol=1e-4)
+    assert relative(loaded(acts_BD), unit(acts_BD)) < 1e-5 and not capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("sae")
+@pytest.mark.parametrize("rounding", [0, 2**-21])
+def test_unit_rows_are_read_bit_for_bit(folder, rounding):
+    change_tensors(folder, lambda tensors: tensors["W_dec"].mul_(1 + rounding))
+    loaded, tensors = load_sae(folder), safetensors.torch.load_file(folder / "sae_weights.safetensors")
+    assert loaded.enc_FD.T.equal(tensors["W_enc"]) and loaded.enc_bias_F.equal(tensors["b_enc"])
+    assert loaded.dec_FD.equal(tensors["W_dec"]) and loaded.mean_D.equal(tensors["b_dec"])
+    if "threshold" in tensors:
+        assert loaded.activation.log_threshold_F.equal(tensors["threshold"].log())
+
+
+@torch.no_grad()
+def test_a_row_of_zeros_has_codes_of_nothing(tmp_path):
+    save(tmp_path, trained("relu"))
+    change_tensors(tmp_path, lambda tensors: tensors["W_dec"][3].zero_())
+    loaded = load_sae(tmp_path)
+    codes_BF = loaded.encode(raw(trained("relu")))
+    assert not loaded.dec_FD[3].any() and codes_BF.isfinite().all() and codes_BF[:, 3].max() < 1e-5 < codes_BF.max()
+
+
+@torch.no_grad()
+def test_a_topk_whose_choice_folding_would_change_is_left_and_warned_of(tmp_path, capsys):
+    sae = trained("topk")
+    config = save(tmp_path, sae)
+    write_json(tmp_path / "cfg.json", config | {"rescale_acts_by_decoder_norm": False})
+    codes_BF = load_sae(tmp_path).encode(raw(sae))
+    assert not capsys.readouterr().err, "the rows are of unit norm"
     change_tensors(tmp_path, lambda tensors: tensors.update(W_dec=2 * tensors["W_dec"]))
-    with pytest.raises(UserError, match="decoder rows are not of unit norm; fold the norm before saving"):
+    assert load_sae(tmp_path).encode(raw(sae)).equal(codes_BF)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("warning: 16 decoder rows of") and "not of unit norm (up to 2)" in told
+
+
+def test_norms_too_large_to_fold(tmp_path):
+    save(tmp_path, trained("relu"))
+    change_tensors(tmp_path, lambda tensors: [tensors[name].mul_(1e25) for name in ("W_enc", "W_dec")])
+    with pytest.raises(UserError, match="tensor W_enc is .* or not finite"):
         load_sae(tmp_path)
 
 

@@ -331,18 +331,18 @@ def test_table_beside_run_0(tmp_path, values, capsys):
     assert "| run_0" not in capsys.readouterr().out
     start(tmp_path / "run_1", values)
     shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count("SAE | LLM | random | run_0") == 2 and "k=5" in shown
+    assert shown.count("SAE | LLM | PCA | random | run_0") == 2 and "k=5" in shown
     baseline, info = (read_json(tmp_path / run / "final_info.json") for run in ("run_0", "run_1"))
     for number in (0, 1):
         row, old = (record["eval_result_details"][number] for record in (info, baseline))
+        controls = info["eval_result_controls"]["datasets"][row["dataset_name"].removesuffix("_results")]
         cell = " | ".join(
             f"{value:.3f}"
             for value in (
                 row["sae_top_1_test_accuracy"],
                 row["llm_top_1_test_accuracy"],
-                info["eval_result_controls"]["datasets"][row["dataset_name"].removesuffix("_results")][
-                    "random_top_1_test_accuracy"
-                ],
+                controls["pca_top_1_test_accuracy"],
+                controls["random_top_1_test_accuracy"],
                 old["sae_top_1_test_accuracy"],
             )
         )
@@ -360,7 +360,7 @@ def test_a_damaged_run_beside_is_done_without(damage, tmp_path, values, capsys):
     capsys.readouterr()
     start(tmp_path / "run_1", values)
     shown, told = capsys.readouterr()
-    assert shown.count("SAE | LLM | random") == 2 and "random | run_0" not in shown
+    assert shown.count("SAE | LLM | PCA | random") == 2 and "random | run_0" not in shown
     assert "warning: the table does without run_0" in told and (tmp_path / "run_1" / "final_info.json").exists()
 
 

@@ -245,6 +245,19 @@ def test_unknown_model(monkeypatch):
         load("some/typo")
 
 
+def test_a_short_name_of_transformerlens(monkeypatch):
+    """SAELens writes them as model_name."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    for kind in (LocalEntryNotFoundError, RepositoryNotFoundError):
+        hub_that_raises(monkeypatch, kind)
+        with pytest.raises(UserError, match=r"give OWNER/NAME \(fipo probe: --model\)"):
+            load("pythia-70m-deduped")
+        with pytest.raises(UserError) as told:
+            load("some/typo")
+        assert "OWNER/NAME" not in str(told.value)
+
+
 def test_name_that_is_no_hub_id():
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         load("a/b/c")

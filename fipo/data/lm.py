@@ -40,6 +40,7 @@ def resolve_model(model: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    short = "" if "/" in model else "; if it is a short name of TransformerLens', give OWNER/NAME (fipo probe: --model)"
     try:
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=WEIGHTS_AND_TOKENISER))
     except errors.GatedRepoError as error:
@@ -47,13 +48,13 @@ def resolve_model(model: str) -> Path:
             f"model {model} is gated: accept its licence on its hub page and set HF_TOKEN, or give a local folder"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise UserError(f"model {model} is not on the hub (or is private and HF_TOKEN is not set)") from error
+        raise UserError(f"model {model} is not on the hub (or is private and HF_TOKEN is not set){short}") from error
     except errors.HFValidationError as error:
         raise UserError(f"model {model!r} is neither a folder nor a hub id of the form OWNER/NAME") from error
     except Exception as error:  # requests, httpx and the hub each have their own name for "no network"
         raise UserError(
             f"model {model} cannot be fetched: the hub is out of reach ({type(error).__name__}); "
-            "check the network, or give a local folder"
+            f"check the network, or give a local folder{short}"
         ) from error
 
 

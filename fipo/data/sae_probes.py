@@ -129,6 +129,9 @@ def _columns(file: Path, first: str, second: str) -> tuple[list[str], list[str]]
     with pyarrow.CompressedInputStream(pyarrow.OSFile(str(file)), "zstd") as stream:
         table = pyarrow.csv.read_csv(
             io.BytesIO(stream.read()),
+            read_options=pyarrow.csv.ReadOptions(
+                use_threads=False
+            ),  # left running, they abort a process that ends soon
             parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
             convert_options=pyarrow.csv.ConvertOptions(
                 include_columns=[first, second],
