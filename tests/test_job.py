@@ -25,7 +25,7 @@ from fipo.export import load_sae
 from fipo.files import read_json
 from fipo.lock import locked
 from fipo.log import read_log
-from fipo.report import check_is_result
+from fipo.report import check_is_result, print_results
 from fipo.results import read_result
 from fipo.signals import Interrupted
 
@@ -326,13 +326,30 @@ def test_too_few_steps_are_an_error(finished):
         check_is_result(longer, layers)
 
 
-def test_table_beside_run_0(tmp_path, values, capsys):
-    start(tmp_path / "run_0", values)
+@pytest.fixture
+def neighbours(tmp_path, finished):
+    """A finished run_1, and run_0 beside it with other scores."""
+    for run in ("run_0", "run_1"):
+        shutil.copytree(finished, tmp_path / run)
+    file = tmp_path / "run_0" / "final_info.json"
+    info = read_json(file)
+    for layer in info["layers"].values():
+        for row in layer["eval_result_details"]:
+            row["sae_top_1_test_accuracy"] -= 0.1
+    file.write_text(json.dumps(info | info["layers"]["1"]))
+    return tmp_path
+
+
+def test_a_run_alone_has_no_baseline(finished, capsys):
+    print_results(finished)
     assert "| run_0" not in capsys.readouterr().out
-    start(tmp_path / "run_1", values)
+
+
+def test_table_beside_run_0(neighbours, capsys):
+    print_results(neighbours / "run_1")
     shown = " ".join(capsys.readouterr().out.split())
     assert shown.count("SAE | LLM | PCA | random | run_0") == 2 and "k=5" in shown
-    baseline, info = (read_json(tmp_path / run / "final_info.json") for run in ("run_0", "run_1"))
+    baseline, info = (read_json(neighbours / run / "final_info.json") for run in ("run_0", "run_1"))
     for number in (0, 1):
         row, old = (record["eval_result_details"][number] for record in (info, baseline))
         controls = info["eval_result_controls"]["datasets"][row["dataset_name"].removesuffix("_results")]
@@ -350,18 +367,16 @@ def test_table_beside_run_0(tmp_path, values, capsys):
 
 
 @pytest.mark.parametrize("damage", ["torn", "without controls"])
-def test_a_damaged_run_beside_is_done_without(damage, tmp_path, values, capsys):
-    start(tmp_path / "run_0", values)
-    file = tmp_path / "run_0" / "final_info.json"
+def test_a_damaged_run_beside_is_done_without(damage, neighbours, capsys):
+    file = neighbours / "run_0" / "final_info.json"
     info = read_json(file)
     for layer in info["layers"].values():
         del layer["eval_result_controls"]
     file.write_text("{" if damage == "torn" else json.dumps(info))
-    capsys.readouterr()
-    start(tmp_path / "run_1", values)
+    print_results(neighbours / "run_1")
     shown, told = capsys.readouterr()
     assert shown.count("SAE | LLM | PCA | random") == 2 and "random | run_0" not in shown
-    assert "warning: the table does without run_0" in told and (tmp_path / "run_1" / "final_info.json").exists()
+    assert "warning: the table does without run_0" in told
 
 
 def test_mistakes_leave_no_folder_behind(tmp_path, values, own_cache, monkeypatch):
