@@ -58,6 +58,7 @@ MATRYOSHKA = Levels(
     short_power=1.0,
     favour=ALIKE,
     stop_gradient=0.0,
+    robust=0.0,
 )
 PARTS: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty()}
 
@@ -72,9 +73,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "matryoshka": {"levels": MATRYOSHKA},
     "prefixes": {
         "importance": Importance(decay=0.95, norm="l2"),
-        "levels": Levels(stop_gradient=0.0, short_power=1.0, favour=ALIKE),
+        "levels": Levels(stop_gradient=0.0, short_power=1.0, favour=ALIKE, robust=0.0),
     },
-    "favour": {"importance": Importance(), "levels": Levels(shares=(1.0,))},
+    "favour": {"importance": Importance(), "levels": Levels(shares=(1.0,), robust=0.0)},
     "favour_matryoshka": {"importance": Importance(), "levels": replace(MATRYOSHKA, favour=Levels().favour)},
     "unfavoured": PARTS | {"levels": Levels(favour=ALIKE)},
     "levels": {"importance": Importance(), "levels": Levels()},

@@ -40,7 +40,7 @@ SPARSE = {"step: rest of the backward pass": [BACKWARD]}
 OTHER = {
     "step: search of the largest": ["search.py:largest_of_batch", "search.py:largest_of_rows"],
     "step: pairs sorted by latent and by level": ["sparse.py:grouped"],
-    "step: levels, without Numba": ["objective.py:passes"],
+    "step: levels, without Numba": ["reconstruction.py:passes"],
     "step: candidate pairs": ["train.py:refresh_pairs"],
     "step: reservoir and revival": ["reservoir.py:offer", "train.py:revive_dead"],
     "step: gradient norm and optimiser": ["update.py:update"],

@@ -137,6 +137,8 @@ class Levels:
     favour: tuple[float, ...] = (-0.2, -0.1, 0.25)
     """Powers by which codes count where they vie for one budget (batchtopk): of σ over its mean at first, and after
     `rise` where the budget is short; of 1 + σ over its mean where it is not. All 0: all count the same."""
+    robust: float = 1.0
+    """Power by which tokens that are explained badly count less: 0, the squared error; 1, the norm of the error."""
     plain: float = 0.0
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
     decoder_only: float = 0.0
@@ -154,6 +156,7 @@ class Levels:
         require(0 < self.short_power <= 1, "levels.short_power", self.short_power, "a power above 0, at most 1")
         favour = len(self.favour) == 3 and all(-1 <= power <= 1 for power in self.favour)
         require(favour, "levels.favour", self.favour, "three powers from -1 to 1; [0, 0, 0] for none")
+        require(0 <= self.robust <= 2, "levels.robust", self.robust, "a power from 0 to 2")
         require(0 <= self.plain <= 1, "levels.plain", self.plain, "a weight from 0 to 1")
         require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
 

@@ -9,7 +9,6 @@ any D. Each `Terms` field is already weighted: the logged terms sum to the optim
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import normalize
 
-from fipo.decoding import decode, decode_levels
 from fipo.priority import by_priority, precedence
-from fipo.sparse import Codes, grouped, kernels_for, native_for, row_products, sum_rows, working
-
-_TOKENS = 256
-"""Tokens whose residuals of all levels stay in the cache of a core."""
+from fipo.sparse import grouped, row_products, sum_rows
 
 
 class Terms(NamedTuple):
@@ -42,139 +37,6 @@ class Terms(NamedTuple):
 def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
     """mean_B ‖x - x̂‖² / D."""
     return (x_BD - x_hat_BD).pow(2).mean()
-
-
-def reconstruction_error(
-    codes: Codes | Tensor,
-    dec_FD: Tensor,
-    bias_D: Tensor,
-    x_BD: Tensor,
-    level_F: Tensor | None = None,
-    levels: int = 1,
-    stop_gradient: float | Tensor = 0.0,
-    plain: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """`nested_error` of the parts that codes make; without `level_F` all are one."""
-    native = None if kernels_for(x_BD) else native_for(working(dec_FD[:0]), torch.bfloat16)
-    if native and isinstance(codes, Codes):
-        given = codes.values_N, dec_FD, bias_D, x_BD, codes, level_F, levels, float(stop_gradient), plain, native
-        return _PairsError.apply(*given)
-    parts_BMD = decode(codes, dec_FD)[:, None] if level_F is None else decode_levels(codes, dec_FD, level_F, levels)
-    return nested_error(parts_BMD, bias_D, x_BD, stop_gradient, plain)
-
-
-class _PairsError(torch.autograd.Function):
-    """Both at once, token by token (fipo.native): the parts are never built, their gradients are."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        values_N: Tensor,
-        dec_FD: Tensor,
-        bias_D: Tensor,
-        x_BD: Tensor,
-        codes: Codes,
-        level_F: Tensor | None,
-        levels: int,
-        stop_gradient: float,
-        plain: float,
-        native: ModuleType,
-    ) -> tuple[Tensor, Tensor]:
-        level_F = torch.zeros(len(dec_FD), dtype=torch.int64) if level_F is None else level_F
-        starts_S = torch.searchsorted(codes.token_N, torch.arange(codes.batch + 1))
-        grad_BMD, grad_N, grad_D, residual_BD, squares_M = native.nested_error(
-            values_N, codes.latent_N, starts_S, level_F, working(dec_FD), bias_D, x_BD,
-            levels=levels, stop_gradient=stop_gradient, plain=plain,
-        )  # fmt: skip
-        row_N = torch.add(level_F.index_select(0, codes.latent_N), codes.token_N, alpha=levels)
-        sorted_N = (sorted_by.index_select(0, codes.order_N) for sorted_by in (row_N, values_N))
-        ctx.save_for_backward(grad_BMD, grad_N, grad_D, *sorted_N, codes.ends_S)
-        ctx.dtype = dec_FD.dtype
-        ctx.mark_non_differentiable(residual_BD)
-        ctx.set_materialize_grads(False)
-        errors_M = squares_M / x_BD.numel()
-        return torch.lerp(errors_M.mean(), errors_M[-1], plain), residual_BD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        grad_BMD, grad_N, grad_D, row_N, weight_N, ends_S = ctx.saved_tensors
-        grad_FD = sum_rows(grad_BMD.flatten(0, 1), row_N, weight_N, ends_S, ctx.dtype).to(ctx.dtype)
-        grads = grad_N, grad_FD, grad_D.to(ctx.dtype)
-        if grad != 1:  # a step's L_rec has weight 1
-            grads = tuple(own * grad for own in grads)
-        return *grads, *[None] * 7
-
-
-def nested_error(
-    parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float | Tensor = 0.0, plain: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """L_rec, the mean over the levels of their squared errors, and what the last one leaves, x - x̂_M [B, D], without a
-    gradient (METHOD 4b).
-
-        x̂_m = s·sg(x̂_{m-1}) + (1-s)·x̂_{m-1} + part_m
-
-    The values do not depend on s; the gradient does: with s = 0 later levels pull at earlier latents (Matryoshka,
-    Bussmann et al. 2025), with s = 1 each level learns only what the more important ones left. The bias belongs to the
-    first level. Of weight `plain` is the squared error of x̂_M without any stop-gradient, beside that mean.
-    """
-    return _NestedError.apply(parts_BMD, bias_D, x_BD, stop_gradient, plain)
-
-
-class _NestedError(torch.autograd.Function):
-    """With r_m = x̂_m - x, the gradient of part m is 2 / (M B D) times a sum over the later levels, taken backwards:
-
-        g_m = (1 - plain)·h_m + plain·M·r_M,      h_M = r_M,      h_m = r_m + (1-s)·h_{m+1}
-
-    Both passes over the levels are done on few tokens at a time, which stay in the cache. The residuals are kept in
-    units in which they are the gradient: c r with c = 2 / (M B D).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float | Tensor, plain: float
-    ) -> tuple[Tensor, Tensor]:
-        both_passes = kernels.nested_error if (kernels := kernels_for(x_BD)) else _NestedError.passes
-        grad_BMD, residual_BD, squares_M = both_passes(parts_BMD, bias_D, x_BD, stop_gradient, plain)
-        ctx.save_for_backward(grad_BMD)
-        ctx.mark_non_differentiable(residual_BD)
-        ctx.set_materialize_grads(False)
-        errors_M = squares_M / x_BD.numel()
-        return torch.lerp(errors_M.mean(), errors_M[-1], plain), residual_BD
-
-    @staticmethod
-    def passes(
-        parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float | Tensor, plain: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """g, x - x̂_M and every level's squared error, summed over B and D, [M]."""
-        levels, passed = range(parts_BMD.shape[1]), 1 - float(stop_gradient)
-        grad_BMD, left_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
-        squares_M, c = x_BD.new_zeros(len(levels)), 2 / parts_BMD.numel()
-        whole = (parts_BMD, x_BD, grad_BMD, left_BD)
-        for part_NMD, x_ND, grad_NMD, left_ND in zip(*(rows.split(_TOKENS) for rows in whole), strict=True):
-            residual_MND = x_BD.new_empty(len(levels), *x_ND.shape)
-            last_ND = torch.sub(c * bias_D, x_ND, alpha=c)
-            for level in levels:
-                last_ND = torch.add(last_ND, part_NMD[:, level], alpha=c, out=residual_MND[level])
-            torch.mul(last_ND, -1 / c, out=left_ND)
-            squares_M += torch.linalg.vector_norm(residual_MND, dim=(1, 2)).pow(2)
-            plain_ND = len(levels) * plain * last_ND if plain else None
-            for level in levels[-2::-1]:
-                residual_MND[level].add_(residual_MND[level + 1], alpha=passed)
-            if plain_ND is not None:
-                residual_MND.mul_(1 - plain).add_(plain_ND)
-            grad_NMD.copy_(residual_MND.transpose(0, 1))
-        return grad_BMD, left_BD, squares_M / c**2
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        (grad_BMD,) = ctx.saved_tensors
-        if kernels := kernels_for(grad):
-            kernels.scale(grad_BMD, grad)
-        elif grad != 1:  # a step's L_rec has weight 1
-            grad_BMD = grad_BMD * grad
-        return grad_BMD, grad_BMD[:, 0].sum(0, dtype=grad.dtype), None, None, None
 
 
 def auxiliary(residual_BD: Tensor, pre_BN: Tensor, dec_ND: Tensor, k: int) -> Tensor:

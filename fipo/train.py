@@ -17,6 +17,7 @@ from fipo.importance import several_ranks
 from fipo.levels import cuts, latent_levels, ranks, spare_share
 from fipo.method import Penalty
 from fipo.objective import Terms
+from fipo.reconstruction import reconstruction_error
 from fipo.revival import revive
 from fipo.schedules import active_latents, decoder_only, learning_rate, order_share, penalty_share, stop_gradient
 from fipo.sparse import Codes, positive
@@ -212,7 +213,8 @@ def loss_terms(
         rank_F = ranks(config.levels, state.importance.values())
         level_F = latent_levels(rank_F, cuts(config.levels, numbers.order_share * spare, state.generator))
         order = level_F, len(config.levels.shares), numbers.stop_gradient * spare, config.levels.plain
-    reconstruction, residual_BD = objective.reconstruction_error(codes, sae.dec_FD, sae.dec_bias_D, x_BD, *order)
+        order += (config.levels.robust,)
+    reconstruction, residual_BD = reconstruction_error(codes, sae.dec_FD, sae.dec_bias_D, x_BD, *order)
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
     if not plan.frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):
         weight = workload.sparsity_penalty * numbers.penalty_share

@@ -197,6 +197,8 @@ def test_a_section_is_named_without_a_dot(key):
         ("levels.short", [0.5, 0.4]),
         ("levels.short", [-0.1, 0.4]),
         ("levels.short", [0.4]),
+        ("levels.robust", 2.1),
+        ("levels.robust", -0.1),
         ("levels.plain", 1.1),
         ("levels.plain", -0.1),
         ("levels.decoder_only", 1.0),

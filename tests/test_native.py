@@ -6,9 +6,9 @@ import toys
 
 pytest.importorskip("numba")
 
-from fipo import native, objective, search, sparse, update  # noqa: E402
+from fipo import native, reconstruction, search, sparse, update  # noqa: E402
 from fipo.errors import UserError  # noqa: E402
-from fipo.objective import reconstruction_error  # noqa: E402
+from fipo.reconstruction import reconstruction_error  # noqa: E402
 from fipo.sparse import Codes, attach, pairs  # noqa: E402
 from fipo.state import build_state  # noqa: E402
 
@@ -30,24 +30,27 @@ def some_codes() -> Codes:
     return pairs(values_N, token_N, latent_N, BATCH, LATENTS)
 
 
-def loss_and_gradients(codes: Codes, hold: float, plain: float, levels: int = LEVELS, factor: float = 1.0):
+def loss_and_gradients(
+    codes: Codes, hold: float, plain: float, levels: int = LEVELS, factor: float = 1.0, robust: float = 0.0
+):
     """L_rec, x - x̂ and the gradients of values, decoder and bias, under autocast."""
     dec_FD = (drawn(LATENTS, WIDTH, seed=2) / WIDTH**0.5).requires_grad_()
     bias_D, values_N = drawn(WIDTH, seed=3).requires_grad_(), codes.values_N.clone().requires_grad_()
     level_F = torch.arange(LATENTS) % levels if levels > 1 else None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         given = codes._replace(values_N=values_N), dec_FD, bias_D, drawn(BATCH, WIDTH, seed=4)
-        loss, residual_BD = reconstruction_error(*given, level_F, levels, hold, plain)
+        loss, residual_BD = reconstruction_error(*given, level_F, levels, hold, plain, robust)
     return loss, residual_BD, *torch.autograd.grad(factor * loss, (values_N, dec_FD, bias_D))
 
 
 @pytest.mark.parametrize(("hold", "plain"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.3, 0.25), (0.0, 1.0)])
 @pytest.mark.parametrize("levels", [1, LEVELS])
-def test_error_of_pairs_is_that_of_their_parts(monkeypatch, hold, plain, levels):
+@pytest.mark.parametrize("robust", [0.0, 1.0])
+def test_error_of_pairs_is_that_of_their_parts(monkeypatch, hold, plain, levels, robust):
     codes = some_codes()
-    found = loss_and_gradients(codes, hold, plain, levels, factor=2.0)
-    monkeypatch.setattr(objective, "native_for", lambda *_given: None)
-    expected = loss_and_gradients(codes, hold, plain, levels, factor=2.0)
+    found = loss_and_gradients(codes, hold, plain, levels, 2.0, robust)
+    monkeypatch.setattr(reconstruction, "native_for", lambda *_given: None)
+    expected = loss_and_gradients(codes, hold, plain, levels, 2.0, robust)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype == torch.float32
         assert (one - other).norm() < 0.01 * other.norm()

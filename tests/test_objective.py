@@ -12,10 +12,10 @@ from fipo.objective import (
     Terms,
     auxiliary,
     chunked_orthogonality,
-    nested_error,
     orthogonality,
     squared_error,
 )
+from fipo.reconstruction import nested_error
 from fipo.sparse import pairs_of
 
 ESTIMATORS = ["max", "sum", "unbiased"]
@@ -145,15 +145,23 @@ def test_a_partial_stop_gradient_fades_by_one_minus_s_a_level(s):
 @pytest.mark.parametrize("s", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("plain", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("levels", [1, 4])
-def test_nested_error_is_the_mean_over_the_levels_with_the_gradient_of_autograd(s, plain, levels):
-    """Over more tokens than go into the cache at once; the loss reaches the backward pass times 3."""
+@pytest.mark.parametrize("robust", [0.0, 1.0, 2.0])
+def test_nested_error_is_the_mean_over_the_levels_with_the_gradient_of_autograd(s, plain, levels, robust):
+    """Over more tokens than go into the cache at once; the loss reaches the backward pass times 3. Where it is robust
+    the gradient is that of the weighted mean, with constant weights."""
     parts_BMD = torch.randn(600, levels, WIDTH, generator=toys.seeded(2), dtype=torch.float64).requires_grad_()
     x_BD, bias_D = rows(600, WIDTH, 3), rows(1, WIDTH, 4)[0].requires_grad_()
     expected = reference(parts_BMD, bias_D, s)
     unlevelled = squared_error(x_BD, parts_BMD.sum(1) + bias_D)
     loss = torch.lerp(level_loss(x_BD, expected), unlevelled, plain)
-    ours, residual_BD = nested_error(parts_BMD, bias_D, x_BD, s, plain)
+    ours, residual_BD = nested_error(parts_BMD, bias_D, x_BD, s, plain, robust)
     assert torch.allclose(ours, loss)
+    if robust:
+        left_B = (x_BD - expected[-1].detach()).pow(2).mean(1) + 0.02
+        root_B1 = (left_B ** (-robust / 2) / (left_B ** (-robust / 2)).mean()).sqrt()[:, None]
+        weighted = [root_B1 * level_BD for level_BD in expected]
+        unlevelled = squared_error(root_B1 * x_BD, root_B1 * (parts_BMD.sum(1) + bias_D))
+        loss = torch.lerp(level_loss(root_B1 * x_BD, weighted), unlevelled, plain)
     assert torch.allclose(residual_BD, x_BD - expected[-1]) and not residual_BD.requires_grad
     gradients = (torch.autograd.grad(3 * value, (parts_BMD, bias_D)) for value in (ours, loss))
     for one, other in zip(*gradients, strict=True):

@@ -30,6 +30,7 @@ CORE = [
         "threads",
         "adam",
         "objective",
+        "reconstruction",
         "importance",
         "priority",
         "reservoir",
@@ -188,7 +189,7 @@ def test_no_tracker_knows_the_sae():
 
 
 def test_the_sae_knows_no_tracker():
-    for name in ("sae", "activations", "decoding", "objective"):
+    for name in ("sae", "activations", "decoding", "objective", "reconstruction"):
         assert fipo_modules(name) <= {"activations", "search", "decoding", "sparse", "priority"}, name
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import toys
 
-from fipo import objective, train
+from fipo import objective, reconstruction, train
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.config import LSH, Levels, Optimiser, Penalty, RunConfig
 from fipo.errors import UserError
@@ -21,7 +21,7 @@ from fipo.state import TrainState
 from fipo.train import loss_terms, numbers_of, plan_of, train_step
 
 REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "saelens.json").read_text(encoding="utf-8"))["losses"]
-FIXED = {"order": "fixed", "drawn": False, "short_power": 1.0, "favour": (0.0, 0.0, 0.0)}
+FIXED = {"order": "fixed", "drawn": False, "short_power": 1.0, "favour": (0.0, 0.0, 0.0), "robust": 0.0}
 MATRYOSHKA = Levels(**FIXED, shares=(0.25, 0.5, 1.0), stop_gradient=0.0)
 PLAIN = Levels(**FIXED, shares=(0.25, 1.0), stop_gradient=1.0, plain=1.0)
 RUNS = ["run_0", "run_3", "run_6", "jumprelu", "topk"]
@@ -482,9 +482,9 @@ def test_the_step_lets_the_shortage_of_its_activation_decide(monkeypatch):
     """With the smallest code as large as the mean one nothing is held, and levels are large; with a far smaller one
     all of s is, and they are as small as the step has them."""
     seen, ways = [], []
-    nested, drawn = objective.nested_error, train.cuts
+    nested, drawn = reconstruction.nested_error, train.cuts
     monkeypatch.setattr(train, "cuts", lambda *given: ways.append(float(given[1])) or drawn(*given))
-    monkeypatch.setattr(objective, "nested_error", lambda *given: seen.append(given[3]) or nested(*given))
+    monkeypatch.setattr(reconstruction, "nested_error", lambda *given: seen.append(given[3]) or nested(*given))
     for threshold in (0.1, 1.0):
         state = toys.fresh(toys.run_config("run_6", levels=Levels(stop_gradient=0.5, held=(0.0, 0.0))))
         state.sae.activation.threshold.fill_(threshold)

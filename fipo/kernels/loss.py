@@ -1,4 +1,4 @@
-"""The nested reconstruction error and its gradient on a GPU, in one pass (`fipo.objective`).
+"""The nested reconstruction error and its gradient on a GPU, in one pass (`fipo.reconstruction`).
 
 Shapes: B tokens, D model width, M levels, T slices of D.
 """
@@ -15,7 +15,7 @@ def nested_error(
     parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, hold: float | Tensor, plain: float
 ) -> tuple[Tensor, ...]:
     """Gradient of every part, [B, M, D], x - x̂_M, [B, D], and every level's squared error, [M], summed over B and D; s
-    is `hold` (`fipo.objective`)."""
+    is `hold` (`fipo.reconstruction`)."""
     batch, levels, width = parts_BMD.shape
     grad_BMD, left_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
     slices = triton.cdiv(width, WIDTH)

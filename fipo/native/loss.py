@@ -1,4 +1,4 @@
-"""Decoding, levels and the gradients of codes, token by token (`fipo.objective`).
+"""Decoding, levels and the gradients of codes, token by token (`fipo.reconstruction`).
 
 Rows are bfloat16, as autocast has them, and are added up in float32. Shapes: B tokens, D model width, F latents, M
 levels, N pairs, S = B + 1 ends of tokens, C parts of the tokens.
@@ -141,7 +141,7 @@ def nested_error(
     plain: float,
 ) -> tuple[Tensor, ...]:
     """Gradient of every part, [B, M, D], in bfloat16, of every code, [N], and of the bias, [D]; x - x̂_M, [B, D]; and
-    every level's squared error, [M], summed over B and D (`fipo.objective`). Pairs are ordered by token, and begin
+    every level's squared error, [M], summed over B and D (`fipo.reconstruction`). Pairs are ordered by token, and begin
     where `starts_S` says."""
     batch, width = x_BD.shape
     grad_BMD = torch.empty(batch, levels, width, dtype=torch.bfloat16)
