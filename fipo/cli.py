@@ -53,18 +53,28 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="RUN_OR_SAE_DIR", help="run folders, or SAEs in SAELens' format")
     add("--suite", choices=("saebench", "sae-probes"), default="saebench", help="protocol (default %(default)s)")
-    add("--datasets", nargs="+", default=[], metavar="NAME_OR_FOLDER", help="labelled text, see README")
+    add(
+        "--datasets",
+        nargs="+",
+        default=[],
+        metavar="NAME_OR_FOLDER",
+        help="labelled text, see README (saebench: at least one)",
+    )
     add("--k", help="numbers of latents, by commas (default 1,2,5,10,20,50; sae-probes 1,2,5)")
-    add("--train", type=int, help="training texts a class (default 2000)")
-    add("--test", type=int, help="test texts a class (default 500)")
-    add("--repeats", type=int, help="draws of splits and negatives (default 1)")
-    add("--seed", type=int, default=42, help="of texts, negatives and controls (default %(default)s)")
+    add("--train", type=int, help="training texts a class (saebench, default 2000)")
+    add("--test", type=int, help="test texts a class (saebench, default 500)")
+    add("--repeats", type=int, help="draws of splits and negatives (saebench, default 1)")
+    add("--seed", type=int, default=42, help="of texts, splits, negatives and controls (default %(default)s)")
     add("--rng", choices=("fipo", "saebench"), help="saebench replays SAEBench's random numbers (default fipo)")
     add("--pooling", choices=("float32", "bfloat16"), help="bfloat16 is SAEBench's for such models (default float32)")
-    add("--out", type=Path, help="folder for a result file an SAE")
-    add("--model", help="the language model, where the SAE does not name it")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="format in which the model runs")
-    add("--context", type=int, help="tokens a text, where the SAE does not say")
+    add("--out", type=Path, help="folder for one result file per SAE")
+    add("--model", help="the language model (default: what the SAE names)")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="format in which the model runs (default: what the SAE names, else float32)",
+    )
+    add("--context", type=int, help="tokens a text (default: what the SAE names)")
     parser.set_defaults(run=_probe)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
 from fipo.finished import Result, read_all
-from fipo.names import CONTROLS, bases, suite_names, with_sparsity
+from fipo.names import CONTROLS, KINDS, bases, suite_names, with_sparsity
 from fipo.pareto import Point
 from fipo.randomness import generator_for
 from fipo.saebench import metric_name, overall_metrics
@@ -31,7 +31,6 @@ COLUMNS = {
     "dead": ("dead_share", "{:.2%}"),
     "mean max cosine": ("mean_max_cosine", "{:.3f}"),
 }
-PROBED = {"SAE": "sae", "LLM": "llm", "PCA": "pca", "random": "random"}
 SHOWN_KS = (1, 5)
 TIMED = ("harvest", "training")
 TIMES_NOTE = (
@@ -103,7 +102,7 @@ def table(results: Sequence[Result], ks: Sequence[int]) -> str:
     told = suite_names(result.suite for result in results)
     for result in results:
         groups.setdefault((told[result.suite], result.run, result.layer), []).append(_flat(result.record))
-    probed = {f"{title} top-{k}": (metric_name(who, k), "{:.3f}") for k in ks for title, who in PROBED.items()}
+    probed = {f"{title} top-{k}": (metric_name(who, k), "{:.3f}") for k in ks for who, title in KINDS.items()}
     shown = {
         title: column
         for title, column in (COLUMNS | probed).items()

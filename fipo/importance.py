@@ -38,13 +38,13 @@ class ImportanceEMA:
         self._tokens = 0
 
     def attach(self, activation: nn.Module) -> RemovableHandle:
-        """Read the codes of `activation` at each of its training forward passes; `handle.remove()` ends it."""
+        """Read the codes of `activation` at each of its training forward passes; `handle.remove()` ends it. A deep copy
+        of both reads its own codes."""
+        return activation.register_forward_hook(self._read)
 
-        def hook(module: nn.Module, _inputs: Any, codes: Codes | Tensor) -> None:
-            if module.training:
-                self.collect(codes)
-
-        return activation.register_forward_hook(hook)
+    def _read(self, module: nn.Module, _inputs: Any, codes: Codes | Tensor) -> None:
+        if module.training:
+            self.collect(codes)
 
     @torch.no_grad()
     def collect(self, codes: Codes | Tensor) -> None:

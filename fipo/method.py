@@ -138,7 +138,8 @@ class Levels:
     """Powers by which codes count where they vie for one budget (batchtopk): of σ over its mean at first, and after
     `rise` where the budget is short; of 1 + σ over its mean where it is not. All 0: all count the same."""
     robust: float = 1.0
-    """Power by which tokens that are explained badly count less: 0, the squared error; 1, the norm of the error."""
+    """Power by which tokens that are explained badly count less: 0, as by the squared error; 1, as by its root; 2, as
+    by its logarithm."""
     plain: float = 0.0
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
     decoder_only: float = 0.0

@@ -16,6 +16,8 @@ SPARSITY = {"workload.k", "workload.sparsity_penalty"}
 """What a sweep of sparsity varies."""
 SHOWN = 2
 """Values added to a name, at most, while these are enough."""
+KINDS = {"sae": "SAE", "llm": "LLM", "pca": "PCA", "random": "random"}
+"""What is probed, and its short name in tables, in the order of a cell."""
 CONTROLS = {"llm": "channels of the model", "pca": "principal components", "random": "random SAE"}
 """What SAEs are measured against, and how tables and pictures name it."""
 MEASURED_WITH = {

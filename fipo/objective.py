@@ -4,7 +4,8 @@
 
 Shapes: B tokens, D model width, F latents, N dead ones, P candidate pairs. Inputs are standardised (mean squared norm
 D) and squared errors are averaged over D, so L_rec is about the share of variance left and the weights mean the same at
-any D. Each `Terms` field is already weighted: the logged terms sum to the optimised loss.
+any D. Each `Terms` field is already weighted: the logged terms sum to the optimised loss, but that robust levels weigh
+tokens in the gradient of L_rec alone (fipo.reconstruction).
 """
 
 import math
@@ -30,7 +31,7 @@ class Terms(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """L, what the optimiser sees."""
+        """L."""
         return self.reconstruction + self.sparsity + self.auxiliary + self.orthogonality
 
 

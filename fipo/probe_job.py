@@ -74,7 +74,7 @@ def _record(
     setting = setting._replace(release=f"fipo_{one.name}", training_tokens=_training_tokens(one.run))
     return {
         **sparse_probing_record(setting, accuracies(found), one.config),
-        **extras(found, data),
+        **extras(found, data, setting.probing),
         "sae": one.described,
     }
 

@@ -18,7 +18,7 @@ from fipo.sparse import Codes, kernels_for, native_for, sum_rows, working
 _TOKENS = 256
 """Tokens whose residuals of all levels stay in the cache of a core."""
 _LEAST_ERROR = 0.02
-"""Share of a token's variance left (in standardised units) below which all tokens count alike."""
+"""Added to every token's error (mean squared, standardised): those far below it count alike."""
 
 
 def reconstruction_error(
@@ -42,8 +42,9 @@ def reconstruction_error(
 
 
 def token_weights(residual_BD: Tensor, robust: float) -> Tensor:
-    """How much each token counts in the gradient of L_rec, [B], of mean 1: its error to the power -robust / 2. With 1 a
-    token pulls as hard as any other, whatever its error: the gradient is that of the norm in place of its square."""
+    """How much each token counts in the gradient of L_rec, [B], of mean 1: what the last level leaves of it, to the
+    power -robust / 2. With 1 tokens pull about equally hard, whatever their error, as by its norm in place of its
+    square; with 2 the harder the better they are explained, as by its logarithm."""
     weight_B = (residual_BD.pow(2).mean(1) + _LEAST_ERROR).pow(-robust / 2)
     return weight_B / weight_B.mean()
 

@@ -10,6 +10,7 @@ from fipo.errors import UserError
 from fipo.evaluate import DatasetScores
 from fipo.files import read_json, replacing
 from fipo.log import read_log
+from fipo.names import KINDS
 from fipo.progress import say
 from fipo.results import FINAL, read_result
 from fipo.saebench import Setting, dataset_metrics, metric_name, overall_metrics, sparse_probing_record
@@ -18,8 +19,6 @@ from fipo.summary import accuracies, extras
 OUTCOMES = "probing_outcomes.safetensors"
 DECADES = 10
 """Largest over smallest value from which a logarithmic axis has ticks at 1, 2 and 5 of every decade."""
-KINDS = {"sae": "SAE", "llm": "LLM", "pca": "PCA", "random": "random"}
-"""What is probed, in the order of a cell of the table."""
 WIDEST = 400
 """Columns of a table in a file or a pipe; beyond them cells are broken into lines."""
 
@@ -44,7 +43,8 @@ def probing_record(
         training_tokens=workload.steps * workload.batch_tokens,
         commit=commit,
     )
-    return {**sparse_probing_record(setting, accuracies(scores), sae_config), **extras(scores, data)}
+    record = sparse_probing_record(setting, accuracies(scores), sae_config)
+    return {**record, **extras(scores, data, workload.probing)}
 
 
 def layer_info(
@@ -161,8 +161,12 @@ def make_console() -> Any:
     """Where tables are printed: the terminal at its width, anything else as wide as the table is."""
     from rich.console import Console
 
-    console = Console()
-    return console if console.is_terminal else Console(width=WIDEST)
+    class Quiet(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # noqa: PLE0704 (Rich calls this where it has caught one): the command knows what to do
+
+    console = Quiet()
+    return console if console.is_terminal else Quiet(width=WIDEST)
 
 
 def _beside(out_dir: Path, run: str, datasets: list[str]) -> dict[str, Any] | None:

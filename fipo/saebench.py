@@ -78,7 +78,6 @@ def sparse_probing_record(
             "training_tokens": setting.training_tokens,
         },
         "eval_result_unstructured": {f"{dataset}_results": metrics for dataset, metrics in accuracies.items()},
-        "eval_result_protocol": {"rng": probing.rng, "pooling": probing.pooling},
         **_other_ks(overall, means),
     }
 

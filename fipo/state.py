@@ -4,7 +4,6 @@ Shapes: D model width, F latents, P candidate pairs.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,12 +73,6 @@ class TrainState:
         self.pairs_P2 = tensors["pairs_P2"].to(self.pairs_P2.device, copy=True)
         self.step, self.dead_places = int(tensors["step"]), int(tensors["dead_places"])
         self.generator.set_state(tensors["generator"].cpu())
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> "TrainState":
-        """A state of its own: a hook copied as it is would go on reading codes for the original's σ."""
-        copied = build_state(self.config, 0, self.sae.mean_D, self.sae.scale.item(), str(self.sae.dec_FD.device))
-        copied.load_state_dict(self.state_dict())
-        return copied
 
     def _expected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors like those that `load_state_dict` takes: Adam has moments once it has stepped, pairs any number."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fipo.config import Probing
 from fipo.data.labelled import LabelledText
 from fipo.evaluate import DatasetScores
 from fipo.saebench import metric_name
@@ -44,9 +45,11 @@ def _of_first_draw(one: DatasetScores) -> dict[str, list[float]]:
     return metrics
 
 
-def extras(results: Sequence[DatasetScores], data: Sequence[LabelledText]) -> dict[str, Any]:
-    """The keys of our own in a result: `eval_result_datasets`, `eval_result_controls`, `eval_result_statistics`."""
+def extras(results: Sequence[DatasetScores], data: Sequence[LabelledText], probing: Probing) -> dict[str, Any]:
+    """The keys of our own in a result: `eval_result_protocol`, `eval_result_datasets`, `eval_result_controls`,
+    `eval_result_statistics`."""
     return {
+        "eval_result_protocol": {"rng": probing.rng, "pooling": probing.pooling},
         "eval_result_datasets": [
             {
                 "dataset_name": one.name,

@@ -10,7 +10,6 @@ from fipo.config import Probing, Text, Workload
 from fipo.data import sae_probes, saebench_text
 from fipo.errors import UserError
 from fipo.records import from_dict
-from fipo.yamlfile import read_yaml
 
 MINILM = Workload(
     name="minilm",
@@ -70,5 +69,7 @@ def find_workload(name: str) -> Workload:
     if name in BUILT_IN:
         return BUILT_IN[name]
     if name.endswith((".yaml", ".yml")):
+        from fipo.yamlfile import read_yaml
+
         return from_dict(Workload, read_yaml(Path(name)), "workload.")
     raise UserError(f"workload {name!r} is unknown; FIPO_WORKLOAD takes {', '.join(BUILT_IN)}, or a YAML file")

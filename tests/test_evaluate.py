@@ -138,17 +138,17 @@ def test_repeats_have_a_spread_and_leave_the_result_alone(lm, data):
         assert one.scores["sae"].right[1].equal(more.scores["sae"].right[1])
         assert more.scores["sae"].repeated[1].shape == (4, 3)
         assert more.scores["sae"].repeated[1][0].equal(one.scores["sae"].repeated[1][0])
-    spread = extras(often, data)["eval_result_statistics"]["repeats"]["suite"]["sae_top_1_test_accuracy"]
+    spread = extras(often, data, PROBING)["eval_result_statistics"]["repeats"]["suite"]["sae_top_1_test_accuracy"]
     values = [sum(one.scores["sae"].repeated[1][draw].mean().item() for one in often) / len(often) for draw in range(4)]
     assert spread["draws"] == 4 and spread["mean"] == pytest.approx(sum(values) / 4)
     assert spread["standard_deviation"] == pytest.approx(torch.tensor(values).double().std().item())
-    alone = extras(once, data)["eval_result_statistics"]["repeats"]["suite"]["sae_top_1_test_accuracy"]
+    alone = extras(once, data, PROBING)["eval_result_statistics"]["repeats"]["suite"]["sae_top_1_test_accuracy"]
     assert alone["draws"] == 1 and alone["standard_deviation"] is None
 
 
 def test_summary_is_the_scores(lm, data):
     (result,) = probe(lm, data, {"a": subject()}, PROBING, 5).values()
-    found, more, kept = accuracies(result), extras(result, data), outcomes(result)
+    found, more, kept = accuracies(result), extras(result, data, PROBING), outcomes(result)
     for one, text in zip(result, data, strict=True):
         by_class = found[one.name]["sae_top_5_test_accuracy"]
         assert list(by_class) == list(text.train)

@@ -12,7 +12,7 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 pytest.importorskip("triton")
 
-from fipo import kernels, objective, search, sparse, train, update  # noqa: E402
+from fipo import kernels, reconstruction, search, sparse, train, update  # noqa: E402
 from fipo.config import LSH, Optimiser, RunConfig  # noqa: E402
 from fipo.graphs import StepGraphs  # noqa: E402
 from fipo.state import build_state  # noqa: E402
@@ -35,7 +35,7 @@ def by_kernels(monkeypatch):
     """The torch code asks for kernels on this device too."""
 
     def switch(on: bool) -> None:
-        for module in (objective, search, sparse, update):
+        for module in (reconstruction, search, sparse, update):
             monkeypatch.setattr(module, "kernels_for", lambda _tensor: kernels if on else None)
 
     return switch
@@ -124,7 +124,7 @@ def test_of_more_ties_than_there_is_room_for_the_last_are_missing():
 @pytest.mark.parametrize(("s", "plain"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.3)])
 def test_nested_error_and_its_gradient(levels, s, plain):
     parts_BMD, bias_D, x_BD = drawn(7, levels, 300), drawn(300, seed=1), drawn(7, 300, seed=2)
-    expected = objective._NestedError.passes(parts_BMD, bias_D, x_BD, s, plain)
+    expected = reconstruction._NestedError.passes(parts_BMD, bias_D, x_BD, s, plain)
     for hold in (s, torch.tensor(s, device=DEVICE)):
         found = kernels.nested_error(parts_BMD, bias_D, x_BD, hold, plain)
         for ours, theirs in zip(found, expected, strict=True):

@@ -142,12 +142,12 @@ def test_a_text_that_is_too_short_is_told(load_lm, text_folder, cached):
 
 def test_a_disk_without_room_is_told_before_anything_is_harvested(load_lm, text_folder, own_cache, monkeypatch):
     lm = load_lm("bert")
-    needed = TOKENS * 2 * tiny.WIDTH * 4
+    needed = (HELD + TOKENS) * 2 * tiny.WIDTH * 4
     for free, fits in ((needed - 1, False), (needed, True)):
         monkeypatch.setattr("shutil.disk_usage", lambda _root, free=free: SimpleNamespace(free=free))
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="set text.cached to false"):
             training_activations(text(text_folder), lm)
-        assert len([path for path in own_cache.iterdir() if path.is_dir()]) == 1 + fits
+        assert len([path for path in own_cache.iterdir() if path.is_dir()]) == 2 * fits
 
 
 def test_rows_of_an_encoder_are_not_packed(load_lm, text_folder):

@@ -13,8 +13,7 @@ from fipo.state import build_state
 
 TOP_LEVEL = (
     "eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics eval_result_details "
-    "sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict eval_result_unstructured "
-    "eval_result_protocol"
+    "sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict eval_result_unstructured"
 )
 EVAL_CONFIG = (
     "random_seed dataset_names probe_train_set_size probe_test_set_size context_length sae_batch_size "
@@ -75,7 +74,6 @@ def test_plain_values(record):
     assert asked["lower_vram_usage"] is False
     assert isinstance(record["datetime_epoch_millis"], int) and 1.7e12 < record["datetime_epoch_millis"] < 1e13
     assert len(record["eval_id"]) == 36 and record["sae_lens_id"] == "custom_sae"
-    assert record["eval_result_protocol"] == {"rng": "fipo", "pooling": "float32"}
     assert record["sae_lens_release_id"] == "fipo_run_0_layer_3" and record["sae_lens_version"].startswith("6.")
 
 

@@ -66,6 +66,12 @@ def test_configurations_of_a_folder(tmp_path):
         list(open_text(text(tmp_path)).texts())
 
 
+def test_what_has_no_configurations_is_given_none(tmp_path):
+    for source in (write(tmp_path, "jsonl"), "sae-probes"):
+        with pytest.raises(UserError, match="text.config is 'en', and .* has no configurations"):
+            open_text(text(source, config="en"))
+
+
 def test_the_newest_revision_is_pinned(monkeypatch, text_folder):
     monkeypatch.setattr(text_module, "newest_revision", lambda name: f"newest of {name}")
     assert pinned(text("someone/texts")).revision == "newest of someone/texts"

@@ -45,12 +45,13 @@ def training_activations(text: Text, lm: LanguageModel) -> tuple[ActivationStore
             pass
         return _cut(harvest(lm, first_rows(after, lm, tokens), skip=skip), skip, tokens)
 
-    store = open_or_harvest({**key, "rows": "first", "tokens": held}, held_out, held)
+    size = len(lm.layers) * lm.width * lm.dtype.itemsize
+    both = held + tokens * text.cached
+    store = open_or_harvest({**key, "rows": "first", "tokens": held}, held_out, held, both * size)
     if not text.cached:
         return store, LiveSource(trained, store.folder.name)
     key |= {"rows": "next", "held_out": held, "tokens": tokens}
-    size = len(lm.layers) * lm.width * lm.dtype.itemsize
-    harvested = open_or_harvest(key, lambda: _with_progress("harvest", trained(0), tokens), tokens, size)
+    harvested = open_or_harvest(key, lambda: _with_progress("harvest", trained(0), tokens), tokens, tokens * size)
     return store, StoredSource(harvested)
 
 

@@ -91,12 +91,12 @@ class ActivationStore:
 
 
 def open_or_harvest(
-    key: dict[str, Any], produce: Callable[[], Iterable[Chunk]], tokens: int | None, token_bytes: int = 0
+    key: dict[str, Any], produce: Callable[[], Iterable[Chunk]], tokens: int | None, needed: int = 0
 ) -> ActivationStore:
     """The store of this key, made by `produce` where there is none (or a damaged one).
 
-    `tokens`: how many to keep, or None for all that come; `token_bytes`: the size of one, by which `UserError` where
-    the disk has no room for all, before anything is harvested.
+    `tokens`: how many to keep, or None for all that come; `needed`: bytes that the disk must have free, or `UserError`
+    before anything is harvested.
     """
     folder = cache_root() / sha256_json({"format": FORMAT, **key})[:32]
     if (store := _find(folder, key)) is not None:
@@ -107,7 +107,7 @@ def open_or_harvest(
     with locked(_lock(folder), wait=True):
         if (store := _find(folder, key)) is None:  # else another process has made it meanwhile
             _clear_stale(folder)
-            _check_room(folder.parent, (tokens or 0) * token_bytes)
+            _check_room(folder.parent, needed)
             with replacing_folder(folder) as temporary:
                 _write(temporary, key, produce(), tokens)
             store = ActivationStore(folder, made=True)

@@ -43,6 +43,8 @@ def pinned(text: Text) -> Text:
 
 def open_text(text: Text) -> TextSource:
     """The text that a workload names."""
+    if text.config is not None and (text.source == sae_probes.SOURCE or os.path.isfile(text.source)):
+        raise UserError(f"text.config is {text.config!r}, and {text.source} has no configurations; leave it out")
     if text.source == sae_probes.SOURCE:
         return TextSource(sae_probes.fingerprint(), sae_probes.training_texts)
     path = Path(text.source)

@@ -15,7 +15,7 @@ from fipo.errors import UserError
 if TYPE_CHECKING:
     from fipo.data.lm import LanguageModel
 
-LEAST_LEAK = 0.1
+MOST_CHANGE = 0.1
 """Share of its norm by which a token may change with the padding beside it: rounding in bfloat16 makes up .02."""
 
 
@@ -30,7 +30,7 @@ def check_reading(lm: "LanguageModel") -> None:
         acts_LBSD = lm.activations(ids_BS, mask_BS)
         alone_LBSD = lm.activations(ids_BS[1:, :1], mask_BS[1:, :1])
         with torch.inference_mode():
-            own = lm.forward(ids_BS, mask_BS, output_hidden_states=True).hidden_states
+            own = lm.forward(ids_BS, mask_BS, output_hidden_states=True).hidden_states or ()
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever an architecture of another kind raises
@@ -45,12 +45,12 @@ def check_reading(lm: "LanguageModel") -> None:
         )
     for layer, acts_BSD in zip(lm.layers, acts_LBSD, strict=True):
         # Behind the last block a model gives it normed only.
-        if layer + 1 < len(lm.blocks) and not any(_apart(acts_BSD, told_BSD) < LEAST_LEAK for told_BSD in own):
+        if layer + 1 < len(lm.blocks) and not any(_apart(acts_BSD, told_BSD) < MOST_CHANGE for told_BSD in own):
             raise UserError(
                 f"{_named(lm)}: what its {type(lm.blocks[layer]).__name__} {layer} gives is not the residual stream as "
                 "the model itself gives it: it cannot be read"
             )
-    if _apart(acts_LBSD[:, 1:, :1], alone_LBSD) > LEAST_LEAK:
+    if _apart(acts_LBSD[:, 1:, :1], alone_LBSD) > MOST_CHANGE:
         raise UserError(
             f"{_named(lm)} does not keep padding from the tokens beside it, so that activations would depend on what "
             "else is in the batch: it cannot be read"
