@@ -69,18 +69,13 @@ class _PairsError(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         level_F = torch.zeros(len(dec_FD), dtype=torch.int64) if level_F is None else level_F
         starts_S = torch.searchsorted(codes.token_N, torch.arange(codes.batch + 1))
-        grad_BMD, grad_N, grad_D, residual_BD, squares_M = native.nested_error(
+        grad_BMD, grad_N, grad_D, residual_BD, squares_M, weight = native.nested_error(
             values_N, codes.latent_N, starts_S, level_F, working(dec_FD), bias_D, x_BD,
-            levels=levels, stop_gradient=stop_gradient, plain=plain,
+            levels=levels, stop_gradient=stop_gradient, plain=plain, power=-robust / 2, least=_LEAST_ERROR,
         )  # fmt: skip
-        if robust:
-            weight_B = token_weights(residual_BD, robust)
-            grad_BMD.mul_(weight_B[:, None, None])
-            grad_N.mul_(weight_B.index_select(0, codes.token_N))
-            grad_D = grad_BMD[:, 0].sum(0, dtype=torch.float32)
         row_N = torch.add(level_F.index_select(0, codes.latent_N), codes.token_N, alpha=levels)
-        sorted_N = (sorted_by.index_select(0, codes.order_N) for sorted_by in (row_N, values_N))
-        ctx.save_for_backward(grad_BMD, grad_N, grad_D, *sorted_N, codes.ends_S)
+        row_N, values_N = (sorted_by.index_select(0, codes.order_N) for sorted_by in (row_N, values_N))
+        ctx.save_for_backward(grad_BMD, grad_N / weight, grad_D / weight, row_N, values_N / weight, codes.ends_S)
         ctx.dtype = dec_FD.dtype
         ctx.mark_non_differentiable(residual_BD)
         ctx.set_materialize_grads(False)
@@ -141,7 +136,7 @@ class _NestedError(torch.autograd.Function):
         both_passes = kernels.nested_error if (kernels := kernels_for(x_BD)) else _NestedError.passes
         grad_BMD, residual_BD, squares_M = both_passes(parts_BMD, bias_D, x_BD, stop_gradient, plain)
         if robust:
-            grad_BMD.mul_(token_weights(residual_BD, robust)[:, None, None])
+            grad_BMD.mul_(token_weights(residual_BD, robust).to(grad_BMD.dtype)[:, None, None])
         ctx.save_for_backward(grad_BMD)
         ctx.mark_non_differentiable(residual_BD)
         ctx.set_materialize_grads(False)

@@ -81,8 +81,8 @@ def _wide_vectors(_context):
 
 @compiled
 def _nested_error(
-    first, last, values_N, latent_N, starts_S, level_F, dec_FD, bias_D, x_BD, passed, own, whole,
-    grad_BMD, left_BD, grad_N, grad_D, squares_M,
+    first, last, values_N, latent_N, starts_S, level_F, dec_FD, bias_D, x_BD, passed, own, whole, power, least,
+    grad_BMD, left_BD, grad_N, grad_D, squares_M, weight_1,
 ):  # fmt: skip
     _wide_vectors()
     levels, width, count = grad_BMD.shape[1], x_BD.shape[1], len(latent_N)
@@ -110,13 +110,16 @@ def _nested_error(
             for d in range(width):
                 square += residual_MD[level, d] * residual_MD[level, d]
             squares_M[level] += square
+        weight = (square / np.float32(width) + least) ** power if power else np.float32(1)
+        weight_1[0] += weight
+        levelled, unlevelled = weight * own, weight * whole
         for d in range(width):
             left_BD[token, d] = -residual_MD[levels - 1, d]
-            grad_BMD[token, levels - 1, d] = _narrow((own + whole) * residual_MD[levels - 1, d])
+            grad_BMD[token, levels - 1, d] = _narrow((levelled + unlevelled) * residual_MD[levels - 1, d])
         for level in range(levels - 2, -1, -1):
             for d in range(width):
                 residual_MD[level, d] += passed * residual_MD[level + 1, d]
-                grad_BMD[token, level, d] = _narrow(own * residual_MD[level, d] - whole * left_BD[token, d])
+                grad_BMD[token, level, d] = _narrow(levelled * residual_MD[level, d] - unlevelled * left_BD[token, d])
         for d in range(width):
             grad_D[d] += _wide(grad_BMD[token, 0, d])
         for n in range(start, end):
@@ -139,23 +142,28 @@ def nested_error(
     levels: int,
     stop_gradient: float,
     plain: float,
+    power: float = 0.0,
+    least: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """Gradient of every part, [B, M, D], in bfloat16, of every code, [N], and of the bias, [D]; x - x̂_M, [B, D]; and
-    every level's squared error, [M], summed over B and D (`fipo.reconstruction`). Pairs are ordered by token, and begin
-    where `starts_S` says."""
+    """Gradient of every part, [B, M, D], in bfloat16, of every code, [N], and of the bias, [D]; x - x̂_M, [B, D]; every
+    level's squared error, [M], summed over B and D; and the mean weight of a token, 0-d. Tokens weigh (error + least)^
+    power in the gradients, where `error` is what the last level leaves, averaged over D (`fipo.reconstruction`). Pairs
+    are ordered by token, and begin where `starts_S` says."""
     batch, width = x_BD.shape
     grad_BMD = torch.empty(batch, levels, width, dtype=torch.bfloat16)
     left_BD, grad_N = torch.empty(batch, width), torch.empty(len(values_N))
     parts = range(0, batch, _TOKENS)
     grad_CD, squares_CM = torch.zeros(len(parts), width), torch.zeros(len(parts), levels)
+    weight_C1 = torch.zeros(len(parts), 1)
     scale = 2 / grad_BMD.numel()
-    numbers = (np.float32(n) for n in (1 - stop_gradient, scale * (1 - plain), scale * plain * levels))
+    numbers = (1 - stop_gradient, scale * (1 - plain), scale * plain * levels, power, least)
+    numbers = (np.float32(n) for n in numbers)
     given = *map(as_numpy, (values_N, latent_N, starts_S, level_F, dec_FD, bias_D, x_BD)), *numbers
     out = tuple(map(as_numpy, (grad_BMD, left_BD, grad_N)))
-    sums = tuple(map(as_numpy, (grad_CD, squares_CM)))
+    sums = tuple(map(as_numpy, (grad_CD, squares_CM, weight_C1)))
 
     def of_part(c: int) -> None:
         _nested_error(parts[c], min(parts[c] + _TOKENS, batch), *given, *out, *(of_parts[c] for of_parts in sums))
 
     in_threads(of_part, range(len(parts)))
-    return grad_BMD, grad_N, grad_CD.sum(0), left_BD, squares_CM.sum(0)
+    return grad_BMD, grad_N, grad_CD.sum(0), left_BD, squares_CM.sum(0), weight_C1.sum() / batch
