@@ -235,11 +235,12 @@ def ratios(rows: list[Row], ours: str = "fipo") -> dict[str, float]:
 
 
 def merged(files: Sequence[Path]) -> dict[str, Any]:
-    """Rows of several results as one result; settings must be the same, and no row may come twice."""
+    """Rows of several results as one result; settings must be the same, and no row may come twice. Of results from
+    several machines times are left out."""
     results = [read_json(file) for file in files]
     rows: dict[tuple[Any, ...], Row] = {}
     for file, result in zip(files, results, strict=True):
-        whole = isinstance(result, dict) and {"settings", "git_revision", "rows"} <= result.keys()
+        whole = isinstance(result, dict) and {"settings", "git_revision", "rows", "hardware"} <= result.keys()
         require(whole, "--merge", str(file), "a result of benchmarks/ground_truth.py")
         same = result["settings"] == results[0]["settings"]
         require(same, f"settings of {file}", result["settings"], f"those of {files[0]}")
@@ -248,10 +249,13 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
             require(key not in rows, f"row of {file}", key, "one that no earlier file has")
             rows[key] = row
     revisions = sorted({result["git_revision"] for result in results})
-    for name in ("hardware", "versions"):
-        same = all(result.get(name) == results[0].get(name) for result in results)
-        require(same, name, [result.get(name) for result in results], "the same of all results")
-    return {**results[0], "git_revision": ", ".join(revisions), "rows": list(rows.values())}
+    same = all(result.get("versions") == results[0].get("versions") for result in results)
+    require(same, "versions", [result.get("versions") for result in results], "the same of all results")
+    machine = results[0]["hardware"]
+    if any(result["hardware"] != machine for result in results):
+        machine = machine | {"cpu": "; ".join(sorted({result["hardware"]["cpu"] for result in results}))}
+        rows = {key: row | {"ms_per_step": None} for key, row in rows.items()}
+    return {**results[0], "hardware": machine, "git_revision": ", ".join(revisions), "rows": list(rows.values())}
 
 
 def the_truth(features: int, width: int, saved: Path | None) -> SyntheticModel:

@@ -70,9 +70,10 @@ def test_ratios_are_differences_in_standard_errors_and_shares(bench):
 
 
 def test_results_of_several_seeds_are_put_together(bench, tmp_path, monkeypatch, capsys):
-    def written(name, steps, *seeds):
+    def written(name, steps, *seeds, cpu="Abacus"):
         rows = [dict.fromkeys(bench.SHOWN, 0.5) | {"method": "fipo", "seed": seed, "k": 6} for seed in seeds]
-        (tmp_path / name).write_text(json.dumps({"settings": {"steps": steps}, "git_revision": name, "rows": rows}))
+        result = {"settings": {"steps": steps}, "git_revision": name, "rows": rows, "hardware": {"cpu": cpu}}
+        (tmp_path / name).write_text(json.dumps(result))
         return str(tmp_path / name)
 
     first, second, other, twice = written("a", 4, 1), written("b", 4, 2, 3), written("c", 5, 4), written("d", 4, 1)
@@ -85,6 +86,10 @@ def test_results_of_several_seeds_are_put_together(bench, tmp_path, monkeypatch,
     result = merge(first, second)
     assert [row["seed"] for row in result["rows"]] == [1, 2, 3] and result["git_revision"] == "a, b"
     assert "| fipo | 6 | 3 |" in capsys.readouterr().out
+    assert {row["ms_per_step"] for row in result["rows"]} == {0.5} and result["hardware"] == {"cpu": "Abacus"}
+    elsewhere = merge(first, written("e", 4, 5, cpu="Slide rule"))
+    assert {row["ms_per_step"] for row in elsewhere["rows"]} == {None}
+    assert elsewhere["hardware"] == {"cpu": "Abacus; Slide rule"}
     with pytest.raises(UserError, match="settings of .*c .*those of .*a"):
         merge(first, other)
     with pytest.raises(UserError, match="one that no earlier file has"):
