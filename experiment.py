@@ -1,7 +1,7 @@
 """FIPO's experiment: `python experiment.py --out_dir=run_i` trains, saves, probes and reports; nothing else to give.
 
 The folder's last name picks `experiments/run_i.yaml`; the environment variable FIPO_WORKLOAD picks model and text
-(default `minilm`: all-MiniLM-L6-v2, layers 1, 3 and 5, six to ten minutes on two cores).
+(default `minilm`: all-MiniLM-L6-v2, layers 1, 3 and 5, about six minutes on two cores).
 """
 
 import argparse
