@@ -82,10 +82,10 @@ class TopK(Activation):
 class BatchTopK(Activation):
     """The k·B largest positive pre-activations of a batch in training; those above `threshold_F` in evaluation.
 
-    With `favour_F` they are compared times favour. Ties at the boundary are all kept: in bfloat16, as under
-    autocast, up to 3 % more than k·B codes at k = 32. `threshold` and `mean` are the
-    bias-corrected EMAs of the smallest and the mean code that was kept, both times favour, `threshold_F` that of
-    what the smallest one asks of each latent's codes. All are moved only by `observe`.
+    With `favour_F` they are compared times favour. Ties at the boundary are all kept: in bfloat16, as under autocast,
+    up to 3 % more than k·B codes at k = 32. `threshold` and `mean` are the bias-corrected EMAs of the smallest and the
+    mean code that was kept, both times favour, `threshold_F` that of what the smallest one asks of each latent's codes.
+    All are moved only by `observe`.
     """
 
     sparse = True

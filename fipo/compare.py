@@ -19,7 +19,7 @@ from torch import Tensor
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
 from fipo.finished import Result, read_all
-from fipo.names import CONTROLS, KINDS, bases, suite_names, with_sparsity
+from fipo.names import CONTROLS, KINDS, bases, renamed, suite_names, with_sparsity
 from fipo.pareto import Point
 from fipo.randomness import generator_for
 from fipo.saebench import metric_name, overall_metrics
@@ -41,8 +41,8 @@ TIMES_NOTE = (
 def report(folders: Sequence[Path]) -> str:
     """The table of all runs in `folders`, the differences between them, and where the numbers come from."""
     results = read_all(folders)
-    against = bases([result.run for result in results], [result.setting for result in results])
-    results, ks = _by_sparsity(results), shown_ks(results)
+    named = [result.run for result in results], [result.setting for result in results]
+    results, against, ks = renamed(results, with_sparsity(*named)), bases(*named), shown_ks(results)
     seeds: dict[str, set[int]] = {}
     for result in results:
         seeds.setdefault(result.run, set()).add(result.seed)
@@ -79,11 +79,6 @@ def _references(record: dict[str, Any], k: int) -> tuple[tuple[str, float], ...]
     scores = _flat(record)
     found = {title: scores.get(metric_name(who, k)) for who, title in CONTROLS.items()}
     return tuple((title, score) for title, score in found.items() if score is not None)
-
-
-def _by_sparsity(results: Sequence[Result]) -> list[Result]:
-    names = with_sparsity([result.run for result in results], [result.setting for result in results])
-    return [result._replace(run=name) for result, name in zip(results, names, strict=True)]
 
 
 def shown_ks(results: Sequence[Result]) -> list[int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fipo.errors import UserError
-from fipo.names import Suite, flat, sparsity_of, suite_of, told_apart
+from fipo.names import Suite, flat, renamed, sparsity_of, suite_of, told_apart
 from fipo.report import OUTCOMES
 from fipo.results import FINAL, OUTCOMES_SUFFIX, RESULT_SUFFIX, read_probe_result, read_result, read_runtime
 from fipo.yamlfile import read_yaml
@@ -39,7 +39,8 @@ class Result(NamedTuple):
 def read_all(folders: Sequence[Path]) -> list[Result]:
     """Those of all folders, of runs and of `fipo probe`. Where runs of one name differ in more than sparsity, what
     differs becomes part of the name; what is given twice, or scored on other texts of one name, is a `UserError`."""
-    results = _by_config([result for folder in folders for result in _read(folder)])
+    results = [result for folder in folders for result in _read(folder)]
+    results = renamed(results, told_apart([result.run for result in results], [result.config for result in results]))
     _refuse_twins(results)
     _refuse_other_texts(results)
     return results
@@ -126,11 +127,6 @@ def _setting(record: dict[str, Any]) -> str:
     if "k" not in record:
         return ""
     return f"λ {record['sparsity_penalty']:g}" if record["k"] is None else f"k {record['k']}"
-
-
-def _by_config(results: Sequence[Result]) -> list[Result]:
-    names = told_apart([result.run for result in results], [result.config for result in results])
-    return [result._replace(run=name) for result, name in zip(results, names, strict=True)]
 
 
 def _origin(info: dict[str, Any]) -> str:

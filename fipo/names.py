@@ -5,9 +5,11 @@ name, a run's own values are added to its name, such as `run_8, penalty.kind ort
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fipo.config import BUDGETED
+
+R = TypeVar("R", bound=tuple)
 
 NOT_COMPARED = {"run", "seed", "workload.layers", "log_every", "checkpoint_every", "checkpoint_share"}
 NOT_COMPARED |= {"workload.probing"}
@@ -91,6 +93,11 @@ def with_sparsity(runs: Sequence[str], settings: Sequence[str]) -> list[str]:
         found.setdefault(run, set()).update({setting} - {""})
     several = {run for run, of in found.items() if len(of) > 1}
     return [f"{run}, {one}" if run in several and one else run for run, one in zip(runs, settings, strict=True)]
+
+
+def renamed(results: Sequence[R], names: Sequence[str]) -> list[R]:
+    """The results, named tuples with a field `run`, by these names."""
+    return [result._replace(run=name) for result, name in zip(results, names, strict=True)]
 
 
 def bases(runs: Sequence[str], settings: Sequence[str]) -> dict[str, str]:

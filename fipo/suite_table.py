@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fipo.errors import UserError
-from fipo.names import CONTROLS, bases, sparsity_of, told_apart, with_sparsity
+from fipo.names import CONTROLS, bases, renamed, sparsity_of, told_apart, with_sparsity
 from fipo.results import SUITE_METRICS, SUITE_RESULT_SUFFIX, read_suite_result
 
 MEASURED = ("model", "dtype", "context", "random_seed")
@@ -48,9 +48,9 @@ def suite_report(folders: Sequence[Path]) -> str:
     """The table of all results in `folders`, the differences of each from what it is set against, and where the numbers
     come from."""
     results = [_read(file) for folder in folders for file in sorted(folder.glob(f"*{SUITE_RESULT_SUFFIX}"))]
-    results = _renamed(results, told_apart([one.run for one in results], [one.config for one in results]))
+    results = renamed(results, told_apart([one.run for one in results], [one.config for one in results]))
     named = [one.run for one in results], [one.setting for one in results]
-    results, against = _renamed(results, with_sparsity(*named)), bases(*named)
+    results, against = renamed(results, with_sparsity(*named)), bases(*named)
     _refuse_what_differs(results)
     seeds = {run: sorted({one.seed for one in results if one.run == run}) for run in {one.run: None for one in results}}
     told = "; ".join(f"{run}: {', '.join(map(str, of))}" for run, of in seeds.items())
@@ -67,10 +67,6 @@ def _read(file: Path) -> Result:
     run, seed, config = sae.get("run") or sae["name"], sae.get("seed") or 0, sae["config"]
     measured = tuple(record.get(key) for key in MEASURED)
     return Result(run, seed, sae["layer"], record["results"], ks, origin, measured, sparsity_of(config), config)
-
-
-def _renamed(results: Sequence[Result], names: Sequence[str]) -> list[Result]:
-    return [one._replace(run=name) for one, name in zip(results, names, strict=True)]
 
 
 def _refuse_what_differs(results: Sequence[Result]) -> None:

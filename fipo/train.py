@@ -207,14 +207,18 @@ def loss_terms(
     """
     config, sae, workload = state.config, state.sae, state.config.workload
     nothing = torch.zeros((), device=x_BD.device)
-    order = ()
+    order = {}
     if config.levels is not None and not plan.frozen:
         spare = spare_share(config.levels, sae.activation.shortage())
         rank_F = ranks(config.levels, state.importance.values())
         level_F = latent_levels(rank_F, cuts(config.levels, numbers.order_share * spare, state.generator))
-        order = level_F, len(config.levels.shares), numbers.stop_gradient * spare, config.levels.plain
-        order += (config.levels.robust,)
-    reconstruction, residual_BD = reconstruction_error(codes, sae.dec_FD, sae.dec_bias_D, x_BD, *order)
+        order = {
+            "level_F": level_F,
+            "levels": len(config.levels.shares),
+            "stop_gradient": numbers.stop_gradient * spare,
+        }
+        order |= {"plain": config.levels.plain, "robust": config.levels.robust}
+    reconstruction, residual_BD = reconstruction_error(codes, sae.dec_FD, sae.dec_bias_D, x_BD, **order)
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
     if not plan.frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):
         weight = workload.sparsity_penalty * numbers.penalty_share
