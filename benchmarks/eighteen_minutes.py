@@ -97,7 +97,7 @@ def pooling_cost(job: Job) -> Cost:
     maps = feature_maps(lm, {workload.layers[0]: state})
     acts_BLD = torch.randn(workload.context, 1, width, generator=generator_for(0, "acts"))
     text_B = torch.zeros(workload.context, dtype=torch.int64)
-    cost = counted(lambda: pool([Chunk(acts_BLD, text_B)], 1, maps, workload.layers[:1]))
+    cost = counted(lambda: pool([Chunk(acts_BLD, text_B, text_B)], 1, maps, workload.layers[:1]))
     return of_a_pass(cost, workload.context)
 
 

@@ -185,7 +185,7 @@ class Shards(Target):
 
     def chunks(self) -> list[Chunk]:
         """Planted activations."""
-        return [Chunk(torch.randn(25, 2, 3, generator=toys.seeded()), torch.arange(25))]
+        return [Chunk(torch.randn(25, 2, 3, generator=toys.seeded()), torch.arange(25), torch.arange(100, 125))]
 
     def read(self, folder: Path) -> Any:
         """The store."""
@@ -194,7 +194,8 @@ class Shards(Target):
     def right(self, _folder: Path, value: Any) -> bool:
         """All activations, to the bit."""
         (chunk,) = self.chunks()
-        return torch.equal(value.read(0, 25), chunk.acts_NLD) and torch.equal(value.texts(), chunk.text_N)
+        found = value.read(0, 25), value.texts(), value.token_ids()
+        return all(map(torch.equal, found, chunk))
 
 
 class Result(Target):

@@ -33,7 +33,7 @@ WANTED = {
         *("sparse.py:sum_rows", "sparse.py:row_products", "loss.py:nested_error"),
     ],
     "probing: product of the screen": ["screen.py:_left"],
-    "probing: selection and fits": ["probing.py:sparse_answers", "probing.py:full_accuracies"],
+    "probing: selection and fits": ["probing.py:sparse_probes", "probing.py:full_accuracies"],
 }
 DENSE = {"SAE: dense decode": ["decoding.py:decode"], "SAE: dense backward": [BACKWARD]}
 SPARSE = {"step: rest of the backward pass": [BACKWARD]}
@@ -57,7 +57,8 @@ OTHER = {
     "probing: thresholds and places of codes": ["screen.py:__call__", "controls.py:codes"],
     "probing: everything else": ["evaluate.py:probe"],
     "set-up: model, texts, imports": ["lm.py:__init__", "labelled.py:load_all"],
-    "picture and tables": ["job.py:finish"],
+    "page": ["job.py:show"],
+    "picture and tables": ["report.py:draw", "job.py:finish"],
 }
 
 

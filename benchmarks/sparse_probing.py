@@ -77,7 +77,7 @@ def _drawn(train: int, test: int, width: int = 384):
     for number, label in enumerate(labels):
         length = 8 + int(118 * torch.rand((), generator=generator) ** 2.7)
         acts_ND = torch.randn(length, width, generator=generator) + moved_CD[label]
-        yield Chunk(acts_ND[:, None], torch.full((length,), number))
+        yield Chunk(acts_ND[:, None], torch.full((length,), number), torch.zeros(length, dtype=torch.int64))
 
 
 def make_sae(store: ActivationStore, latents: int, folder: Path) -> None:

@@ -51,7 +51,7 @@ from fipo.errors import UserError  # noqa: E402
 
 PHASES = ("set-up", "harvest", "training", "checkpointing", "probing", "reporting")
 TIMES = {
-    *("eval_id", "datetime_epoch_millis", "tokens_per_second", "set_up", "harvest", "training", "probing"),
+    *("eval_id", "datetime_epoch_millis", "tokens_per_second", "set_up", "harvest", "training", "probing", "page"),
     *("peak_memory_gib", "harvested"),
 }
 """Keys of JSON files that name times, durations, ids or what depends on them."""

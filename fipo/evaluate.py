@@ -24,7 +24,7 @@ from fipo.errors import UserError
 from fipo.export import READING, load_sae
 from fipo.files import read_json, sha256_file, sha256_json
 from fipo.pooling import FeatureMap, encode_in, numbers_or_read, pool_or_read
-from fipo.probing import Tasks, full_accuracies, one_vs_rest, sparse_answers
+from fipo.probing import SparseProbes, Tasks, full_accuracies, one_vs_rest, sparse_probes
 from fipo.progress import progress
 from fipo.randomness import generator_for, plain_generator
 from fipo.replay import replay
@@ -51,8 +51,8 @@ class Scores(NamedTuple):
 
     full_T: Tensor | None
     """Accuracy of the probe on all features; None where it was not asked for."""
-    right: dict[int, Tensor]
-    """k -> is each test row right, [T, M]; of the first draw."""
+    first: SparseProbes
+    """Those of the first draw."""
     repeated: dict[int, Tensor]
     """k -> accuracy of every draw, [R, T]."""
 
@@ -155,7 +155,7 @@ class Draws:
     def score(self, who: str, features_NF: Tensor, *, full: bool) -> Scores:
         """Scores of pooled features, [N, F] for all texts of the dataset."""
         ks = self.probing.ks
-        answers = [sparse_answers(features_NF, features_NF, train, test, ks) for train, test in self.draws]
+        probes = [sparse_probes(features_NF, features_NF, train, test, ks) for train, test in self.draws]
         full_T = None
         if full:
             train, test = self.first
@@ -163,8 +163,8 @@ class Draws:
             generator = generator_for(self.seed, "full probe", self.data.name, who)
             test = Tasks(test.rows_TM - rows, test.labels_TM)
             full_T = full_accuracies(features_NF[:rows], features_NF[rows:], train, test, generator)
-        repeated = {k: torch.stack([one[k].double().mean(1) for one in answers]) for k in ks}
-        return Scores(full_T, answers[0], repeated)
+        repeated = {k: torch.stack([one.right[k].double().mean(1) for one in probes]) for k in ks}
+        return Scores(full_T, probes[0], repeated)
 
 
 def make_tasks(texts: list[Tensor], seed: int, *purpose: object) -> Tasks:

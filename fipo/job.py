@@ -6,14 +6,14 @@ not at all, and `final_info.json` last. One process at a time works in a folder.
 
 import resource
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fipo import report, runs
+from fipo import page, report, runs
 from fipo.checkpoint import save_tensors
 from fipo.config import RunConfig
 from fipo.data.buffer import StoredSource
@@ -23,8 +23,9 @@ from fipo.data.prepare import training_activations
 from fipo.data.store import ActivationStore, cache_root
 from fipo.data.text import pinned
 from fipo.errors import UserError
-from fipo.evaluate import load_subject, probe
+from fipo.evaluate import Subject, load_subject, probe
 from fipo.export import save_sae
+from fipo.features import activity
 from fipo.files import remove, remove_temporaries, writable, write_json
 from fipo.lock import locked
 from fipo.log import read_log
@@ -40,7 +41,12 @@ from fipo.summary import outcomes
 from fipo.yamlfile import read_yaml
 
 LOCK = ".lock"
+PICTURE, PAGE = "training.png", "features.html"
 TO_LOWER = "workload.context, workload.latents or workload.probing.train_per_class"
+
+
+CHUNK_TOKENS, PAGE_TOKENS = 2048, 65_536
+"""Held-out tokens encoded at a time for the page, and at most."""
 
 
 class Phases:
@@ -50,7 +56,7 @@ class Phases:
         self.harvested = True
         """Did the harvest make all activations that were trained on, held out and kept of the probes' texts, and find
         none on disk?"""
-        self.seconds = {"set_up": 0.0, "harvest": 0.0, "training": 0.0, "probing": 0.0}
+        self.seconds = {"set_up": 0.0, "harvest": 0.0, "training": 0.0, "probing": 0.0, "page": 0.0}
         self._last = time.monotonic()
 
     def end(self, phase: str) -> None:
@@ -114,6 +120,10 @@ def run(out_dir: Path, experiments: Path) -> None:
             record = report.probing_record(config, n, found, probed, sae_configs[n], origin["git_revision"])
             layers[n] = report.layer_info(config, n, lines[n], measures[n], record)
             save_tensors(out_dir / f"layer_{n}" / OUTCOMES, outcomes(found))
+        report.check_is_result(config, layers)
+        report.draw(out_dir / LOG, out_dir / PICTURE, title=f"{config.run}, {workload.name}")
+        show(config, out_dir, layers, subjects, held_out, lm, origin["git_revision"])
+        phases.end("page")
         finish(config, out_dir, layers, phases, origin)
 
 
@@ -186,16 +196,40 @@ def measure(state: TrainState, held_out: ActivationStore, place: int) -> dict[st
     }
 
 
+def show(
+    config: RunConfig,
+    out_dir: Path,
+    layers: dict[int, dict[str, Any]],
+    subjects: Mapping[str, Subject],
+    held_out: ActivationStore,
+    lm: LanguageModel,
+    revision: str,
+) -> None:
+    """The page to look at: scores, concepts, and what the SAEs' latents respond to in held-out text."""
+    workload = config.workload
+    shown = []
+    for place, (layer, info) in enumerate(layers.items()):
+        sae = subjects[f"layer_{layer}"].sae
+        found = activity(sae, held_out.chunks(CHUNK_TOKENS), place, PAGE_TOKENS)
+        shown.append(page.Layer(layer, info, found, sae.dec_FD))
+    page.write(
+        out_dir / PAGE,
+        f"{config.run}, {workload.name}, seed {config.seed}",
+        f"{workload.model}; {workload.steps:,} steps of {workload.batch_tokens:,} tokens; git revision {revision}",
+        shown,
+        lm.pieces,
+        out_dir / PICTURE,
+    )
+
+
 def finish(
     config: RunConfig, out_dir: Path, layers: dict[int, dict[str, Any]], phases: Phases, origin: dict[str, Any]
 ) -> None:
-    """Check that this is a result; write times, picture and, last, the record; print the table."""
-    report.check_is_result(config, layers)
+    """Write times and, last, the record; print the table."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     write_json(out_dir / RUNTIME, {**phases.seconds, "harvested": phases.harvested, "peak_memory_gib": peak, **origin})
     importance, batch = config.importance, config.workload.batch_tokens
     half_life = importance.half_life_tokens(batch) if importance else None
-    report.draw(out_dir / LOG, out_dir / "training.png", title=f"{config.run}, {config.workload.name}")
     write_json(
         out_dir / FINAL,
         {

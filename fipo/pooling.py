@@ -97,11 +97,11 @@ def pool(
     return [mean_NF.float().cpu() for mean_NF in means]
 
 
-def _pieces(chunks: Iterable[Chunk], most: int | None) -> Iterator[Chunk]:
-    """The chunks in pieces of at most so many tokens; a text may end up in two of them."""
+def _pieces(chunks: Iterable[Chunk], most: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Activations and texts in pieces of at most so many tokens; a text may end up in two of them."""
     for chunk in chunks:
         size = most or max(1, len(chunk.text_N))
-        yield from map(Chunk, chunk.acts_NLD.split(size), chunk.text_N.split(size))
+        yield from zip(chunk.acts_NLD.split(size), chunk.text_N.split(size), strict=True)
 
 
 @torch.no_grad()

@@ -48,8 +48,19 @@ def one_vs_rest(class_sizes: list[int], positive: int, generator: torch.Generato
     return rows[mixed], labels[mixed]
 
 
+class SparseProbes(NamedTuple):
+    """What probes on a few features found."""
+
+    right: dict[int, Tensor]
+    """k -> is the probe on the k best features right on each test row? [T, M], bool."""
+    chosen_TK: Tensor
+    """The features of the largest k, best first."""
+    difference_TK: Tensor
+    """Their mean over the class less that over the rest."""
+
+
 def mean_difference(features_NF: Tensor, tasks: Tasks) -> Tensor:
-    """|mean over positives - mean over negatives| of every feature, [T, F]; the means are rounded to the features'
+    """Mean over positives - mean over negatives of every feature, [T, F]; the means are rounded to the features'
     format, as SAEBench's are."""
     means = []
     for side in (1, 0):
@@ -57,7 +68,12 @@ def mean_difference(features_NF: Tensor, tasks: Tasks) -> Tensor:
         weights_TN = torch.zeros(tasks.rows_TM.shape[0], features_NF.shape[0])
         weights_TN.scatter_(1, tasks.rows_TM, member_TM / member_TM.sum(1, keepdim=True))
         means.append((weights_TN @ features_NF.float()).to(features_NF.dtype))
-    return (means[0] - means[1]).abs()
+    return means[0] - means[1]
+
+
+def ranked(difference_TF: Tensor) -> Tensor:
+    """Features in the order in which probes take them, largest difference of either sign first, [T, F]."""
+    return difference_TF.abs().argsort(dim=1, descending=True, stable=True)
 
 
 def fit_logistic(x_TMK: Tensor, y_TM: Tensor, c: float = 1.0, tolerance: float = 1e-10) -> tuple[Tensor, Tensor]:
@@ -98,19 +114,18 @@ def fit_logistic(x_TMK: Tensor, y_TM: Tensor, c: float = 1.0, tolerance: float =
     return w_TK[:, :-1], w_TK[:, -1]
 
 
-def sparse_answers(
-    train_NF: Tensor, test_NF: Tensor, train: Tasks, test: Tasks, ks: tuple[int, ...]
-) -> dict[int, Tensor]:
-    """For every k: is the probe on the k best features right on each test row? [T, M], bool. Ranked once for all k."""
-    ranked_TF = mean_difference(train_NF, train).argsort(dim=1, descending=True, stable=True)
-    answers = {}
+def sparse_probes(train_NF: Tensor, test_NF: Tensor, train: Tasks, test: Tasks, ks: tuple[int, ...]) -> SparseProbes:
+    """A probe on the k best features for every k and task. Ranked once for all k."""
+    difference_TF = mean_difference(train_NF, train)
+    best_TK = ranked(difference_TF)[:, : max(ks)]
+    right = {}
     for k in ks:
-        chosen_TK = ranked_TF[:, :k]
+        chosen_TK = best_TK[:, :k]
         weights_TK, intercept_T = fit_logistic(_columns(train_NF, train.rows_TM, chosen_TK), train.labels_TM)
         x_TMK = _columns(test_NF, test.rows_TM, chosen_TK).double()
         logits_TM = torch.einsum("tmk,tk->tm", x_TMK, weights_TK) + intercept_T[:, None]
-        answers[k] = (logits_TM > 0) == (test.labels_TM > 0)
-    return answers
+        right[k] = (logits_TM > 0) == (test.labels_TM > 0)
+    return SparseProbes(right, best_TK, difference_TF.gather(1, best_TK))
 
 
 def _columns(features_NF: Tensor, rows_TM: Tensor, columns_TK: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fipo.probing import Tasks, fit_logistic, full_accuracies, mean_difference, one_vs_rest
+from fipo.probing import Tasks, fit_logistic, full_accuracies, mean_difference, one_vs_rest, ranked
 from fipo.saebench import metric_name
 
 Fit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -79,5 +79,4 @@ class _Stream:
 
 def top_latents(features_NF: Tensor, tasks: Tasks, k: int) -> Tensor:
     """The k features of largest mean difference of every task, [T, K], in ascending order."""
-    ranked_TF = mean_difference(features_NF, tasks).argsort(dim=1, descending=True, stable=True)
-    return ranked_TF[:, :k].sort(dim=1).values
+    return ranked(mean_difference(features_NF, tasks))[:, :k].sort(dim=1).values

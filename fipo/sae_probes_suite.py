@@ -71,7 +71,7 @@ def last_token_activations(texts: Sequence[str], lm: LanguageModel) -> Tensor:
     """Activations [N, L, D] in float32 of every text's last content token. Of a text longer than 1,024 tokens, or than
     the model takes, the end is read."""
     last_NLD = torch.full((len(texts), len(lm.layers), lm.width), torch.nan)
-    for acts_BLD, text_B in harvest(lm, _rows_from_the_end(texts, lm)):
+    for acts_BLD, text_B, _ in harvest(lm, _rows_from_the_end(texts, lm)):
         owners, counts = text_B.unique_consecutive(return_counts=True)
         last_NLD[owners] = acts_BLD[counts.cumsum(0) - 1].float().cpu()
     empty = last_NLD[:, 0, 0].isnan().nonzero()

@@ -40,14 +40,14 @@ def _of_first_draw(one: DatasetScores) -> dict[str, list[float]]:
         if full_T is not None:
             metrics[metric_name(who, None)] = full_T.tolist()
     for who in ("llm", "sae"):
-        for k, right_TM in one.scores[who].right.items():
+        for k, right_TM in one.scores[who].first.right.items():
             metrics[metric_name(who, k)] = right_TM.double().mean(1).tolist()
     return metrics
 
 
 def extras(results: Sequence[DatasetScores], data: Sequence[LabelledText], probing: Probing) -> dict[str, Any]:
     """The keys of our own in a result: `eval_result_protocol`, `eval_result_datasets`, `eval_result_controls`,
-    `eval_result_statistics`."""
+    `eval_result_statistics`, `eval_result_chosen_latents`."""
     return {
         "eval_result_protocol": {"rng": probing.rng, "pooling": probing.pooling},
         "eval_result_datasets": [
@@ -63,6 +63,7 @@ def extras(results: Sequence[DatasetScores], data: Sequence[LabelledText], probi
         ],
         "eval_result_controls": _controls(results),
         "eval_result_statistics": _statistics(results),
+        "eval_result_chosen_latents": {one.name: _chosen(one) for one in results},
     }
 
 
@@ -72,16 +73,18 @@ def outcomes(results: Sequence[DatasetScores]) -> dict[str, Tensor]:
     for one in results:
         tensors[f"{one.name}/rows_TM"] = one.rows_TM.int()
         for who, scores in one.scores.items():
-            tensors |= {f"{one.name}/{who}_top_{k}/right_TM": right_TM for k, right_TM in scores.right.items()}
+            tensors |= {f"{one.name}/{who}_top_{k}/right_TM": right_TM for k, right_TM in scores.first.right.items()}
     return tensors
 
 
 def _controls(results: Sequence[DatasetScores]) -> dict[str, Any]:
     """Accuracies of the controls and the margin over the random SAE. Its standard error is that of the texts, given
     this one random SAE: what another draw of it would change is not in it, and may be as much."""
-    ks = list(results[0].scores["sae"].right)
+    ks = list(results[0].scores["sae"].first.right)
     by_dataset = {
-        one.name: {metric_name(who, k): one.scores[who].right[k].double().mean().item() for who in CONTROLS for k in ks}
+        one.name: {
+            metric_name(who, k): one.scores[who].first.right[k].double().mean().item() for who in CONTROLS for k in ks
+        }
         for one in results
     }
     margins = {}
@@ -100,18 +103,25 @@ def _controls(results: Sequence[DatasetScores]) -> dict[str, Any]:
 
 def _difference(one: DatasetScores, k: int) -> Answers:
     """Latents against those of the random SAE, row by row."""
-    sae_TM, random_TM = (one.scores[who].right[k].double() for who in ("sae", "random"))
+    sae_TM, random_TM = (one.scores[who].first.right[k].double() for who in ("sae", "random"))
     return Answers(sae_TM - random_TM, one.rows_TM)
 
 
+def _chosen(one: DatasetScores) -> dict[str, dict[str, list[Any]]]:
+    """Class -> the latents of its probe at the largest k, best first, and how much more active each is in the class."""
+    probes = one.scores["sae"].first
+    columns = zip(one.classes, probes.chosen_TK.tolist(), probes.difference_TK.tolist(), strict=True)
+    return {label: {"latents": latents, "mean_differences": differences} for label, latents, differences in columns}
+
+
 def _statistics(results: Sequence[DatasetScores]) -> dict[str, Any]:
-    names = {metric_name(who, k): (who, k) for who in results[0].scores for k in results[0].scores[who].right}
+    names = {metric_name(who, k): (who, k) for who in results[0].scores for k in results[0].scores[who].first.right}
 
     def of_each(value: Callable[[DatasetScores, str, int], Any]) -> dict[str, dict[str, Any]]:
         return {one.name: {name: value(one, who, k) for name, (who, k) in names.items()} for one in results}
 
-    tasks = of_each(lambda one, who, k: _by_class(one, task_errors(one.scores[who].right[k])))
-    datasets = of_each(lambda one, who, k: dataset_error(Answers(one.scores[who].right[k], one.rows_TM)))
+    tasks = of_each(lambda one, who, k: _by_class(one, task_errors(one.scores[who].first.right[k])))
+    datasets = of_each(lambda one, who, k: dataset_error(Answers(one.scores[who].first.right[k], one.rows_TM)))
     suite = {name: suite_error([errors[name] for errors in datasets.values()]) for name in names}
     draws = of_each(lambda one, who, k: one.scores[who].repeated[k].mean(1).tolist())
     whole = {

@@ -23,7 +23,7 @@ def rows_NLD():
 def produce(skip=0):
     for start in range(skip, ROWS, 13):
         acts_NLD = rows_NLD()[start : start + 13]
-        yield Chunk(acts_NLD, torch.arange(len(acts_NLD)))
+        yield Chunk(acts_NLD, torch.arange(len(acts_NLD)), torch.arange(len(acts_NLD)))
 
 
 @pytest.fixture(params=["stored", "live"])

@@ -70,7 +70,7 @@ def test_all_in_one_pass_is_each_alone(lm, data):
             assert list(ours.scores) == ["llm", "pca", "sae", "random"]
             for who in ours.scores:
                 for k in (1, 5):
-                    assert ours.scores[who].right[k].equal(theirs.scores[who].right[k]), (name, who)
+                    assert ours.scores[who].first.right[k].equal(theirs.scores[who].first.right[k]), (name, who)
 
 
 def test_saes_of_a_layer_size_and_l0_share_one_random_control(lm, data, monkeypatch):
@@ -109,7 +109,7 @@ def test_one_pass_for_all_and_none_the_second_time(lm, data, monkeypatch):
     assert not passed
     for name in subjects:
         for one, two in zip(first[name], second[name], strict=True):
-            assert all(one.scores[w].right[5].equal(two.scores[w].right[5]) for w in one.scores)
+            assert all(one.scores[w].first.right[5].equal(two.scores[w].first.right[5]) for w in one.scores)
 
 
 def test_tokens_on_disk_or_straight_from_the_model_are_the_same(lm, data):
@@ -121,21 +121,21 @@ def test_tokens_on_disk_or_straight_from_the_model_are_the_same(lm, data):
     assert made == [[], [True, True], [False, False]]
     for one, two in zip(live, stored, strict=True):
         for who in ("sae", "llm", "pca"):
-            assert one.scores[who].right[5].equal(two.scores[who].right[5])
+            assert one.scores[who].first.right[5].equal(two.scores[who].first.right[5])
 
 
 def test_bfloat16_is_close_and_not_the_same(lm, data):
     exact, rounded = (
         probe(lm, data, {"a": subject()}, with_(pooling=pooling), 5)["a"] for pooling in ("float32", "bfloat16")
     )
-    means = [[one.scores["sae"].right[5].double().mean().item() for one in result] for result in (exact, rounded)]
+    means = [[one.scores["sae"].first.right[5].double().mean().item() for one in result] for result in (exact, rounded)]
     assert means[0] == pytest.approx(means[1], abs=0.1)
 
 
 def test_repeats_have_a_spread_and_leave_the_result_alone(lm, data):
     once, often = (probe(lm, data, {"a": subject()}, with_(repeats=r), 5)["a"] for r in (1, 4))
     for one, more in zip(once, often, strict=True):
-        assert one.scores["sae"].right[1].equal(more.scores["sae"].right[1])
+        assert one.scores["sae"].first.right[1].equal(more.scores["sae"].first.right[1])
         assert more.scores["sae"].repeated[1].shape == (4, 3)
         assert more.scores["sae"].repeated[1][0].equal(one.scores["sae"].repeated[1][0])
     spread = extras(often, data, PROBING)["eval_result_statistics"]["repeats"]["suite"]["sae_top_1_test_accuracy"]
@@ -146,26 +146,42 @@ def test_repeats_have_a_spread_and_leave_the_result_alone(lm, data):
     assert alone["draws"] == 1 and alone["standard_deviation"] is None
 
 
+def test_the_chosen_latents_are_those_of_the_largest_difference(lm, data):
+    one, sae = data[0], subject().sae
+    (result,) = probe(lm, data, {"a": subject()}, PROBING, 5).values()
+    chosen = extras(result, data, PROBING)["eval_result_chosen_latents"][one.name]
+    latents = FeatureMap(0, sae.latents, sae.encode, ("sae",))
+    (pooled_NF,) = pool(probe_chunks(one.texts, lm), len(one.texts), [latents], lm.layers)
+    train, _ = Draws(one, PROBING, 5).first
+    for place, label in enumerate(one.train):
+        rows_M, labels_M = train.rows_TM[place], train.labels_TM[place]
+        difference_F = pooled_NF[rows_M[labels_M == 1]].mean(0) - pooled_NF[rows_M[labels_M == 0]].mean(0)
+        best = sorted(range(sae.latents), key=lambda latent: -abs(float(difference_F[latent])))[: max(PROBING.ks)]
+        assert chosen[label]["latents"] == best
+        assert chosen[label]["mean_differences"] == pytest.approx(difference_F[best].tolist(), abs=1e-5)
+
+
 def test_summary_is_the_scores(lm, data):
     (result,) = probe(lm, data, {"a": subject()}, PROBING, 5).values()
     found, more, kept = accuracies(result), extras(result, data, PROBING), outcomes(result)
     for one, text in zip(result, data, strict=True):
         by_class = found[one.name]["sae_top_5_test_accuracy"]
         assert list(by_class) == list(text.train)
-        right_TM = one.scores["sae"].right[5].double()
+        right_TM = one.scores["sae"].first.right[5].double()
         assert list(by_class.values()) == pytest.approx(right_TM.mean(1).tolist())
         errors = more["eval_result_statistics"]["standard_error"]
         expected = dataset_error(Answers(right_TM, one.rows_TM))
         assert errors["datasets"][one.name]["sae_top_5_test_accuracy"] == pytest.approx(expected)
         assert errors["tasks"][one.name]["random_top_1_test_accuracy"].keys() == by_class.keys()
-        assert kept[f"{one.name}/sae_top_5/right_TM"].equal(one.scores["sae"].right[5])
+        assert kept[f"{one.name}/sae_top_5/right_TM"].equal(one.scores["sae"].first.right[5])
         controls = more["eval_result_controls"]["datasets"][one.name]
         assert controls["random_top_1_test_accuracy"] == pytest.approx(
-            one.scores["random"].right[1].double().mean().item()
+            one.scores["random"].first.right[1].double().mean().item()
         )
     margin = more["eval_result_controls"]["margin_over_random"]["top_5"]
     difference = [
-        (one.scores["sae"].right[5].double() - one.scores["random"].right[5].double()).mean().item() for one in result
+        (one.scores["sae"].first.right[5].double() - one.scores["random"].first.right[5].double()).mean().item()
+        for one in result
     ]
     assert margin["difference"] == pytest.approx(sum(difference) / 2) and margin["standard_error"] > 0
     described = more["eval_result_datasets"]
@@ -188,12 +204,12 @@ def test_saebenchs_random_numbers_are_replayed_over_all_datasets(lm, data):
             assert one.replayed == expected and default.replayed is None
             found = accuracies([one])[text.name]
             assert {metric: list(by_class.values()) for metric, by_class in found.items()} == expected
-            assert one.scores["sae"].right[5].equal(default.scores["sae"].right[5])
+            assert one.scores["sae"].first.right[5].equal(default.scores["sae"].first.right[5])
 
 
 def test_random_control_is_drawn_by_the_seed(lm, data):
     one, two = (probe(lm, data, {"a": subject()}, PROBING, seed)["a"] for seed in (5, 6))
-    assert not one[0].scores["random"].right[5].equal(two[0].scores["random"].right[5])
+    assert not one[0].scores["random"].first.right[5].equal(two[0].scores["random"].first.right[5])
     assert not generator_for(5, "x").get_state().equal(generator_for(6, "x").get_state())
 
 

@@ -27,6 +27,9 @@ def test_equals_one_text_at_a_time(load_lm, architecture):
         alone_LSD = lm.activations(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.bool))[:, 0, content]
         torch.testing.assert_close(acts_NLD[text_N == number].transpose(0, 1), alone_LSD, rtol=0, atol=1e-4)
     assert len(text_N) == sum(id_ not in lm.special_ids for row in rows for id_ in row)
+    token_N = torch.cat([chunk.token_N for chunk in harvest(lm, rows, batch_tokens=60, window=10)])
+    for number, row in enumerate(rows):
+        assert token_N[text_N == number].tolist() == [id_ for id_ in row if id_ not in lm.special_ids]
 
 
 def test_windows_keep_the_order_of_texts_and_batches_stay_small(load_lm):
@@ -88,11 +91,15 @@ def test_rows_without_content_are_passed_over(load_lm):
 def test_skip_is_the_full_stream_from_there_on(load_lm):
     lm = load_lm("llama")
     rows = list(lm.token_rows(tiny.sentences(20, seed=9)))
-    acts_NLD, text_N = whole(harvest(lm, rows, batch_tokens=64, window=8))
+    full = list(harvest(lm, rows, batch_tokens=64, window=8))
+    acts_NLD, text_N = whole(full)
+    token_N = torch.cat([chunk.token_N for chunk in full])
     total = len(text_N)
     for skip in (0, 1, 30, 63, 64, 65, total // 2, total - 1):
-        later_NLD, later_N = whole(harvest(lm, rows, batch_tokens=64, window=8, skip=skip))
+        later = list(harvest(lm, rows, batch_tokens=64, window=8, skip=skip))
+        later_NLD, later_N = whole(later)
         assert torch.equal(later_NLD, acts_NLD[skip:]) and torch.equal(later_N, text_N[skip:])
+        assert torch.equal(torch.cat([chunk.token_N for chunk in later]), token_N[skip:])
     assert list(harvest(lm, rows, batch_tokens=64, window=8, skip=total)) == []
 
 

@@ -4,6 +4,7 @@ finished folder stays as it is, and that what is no result is an error."""
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -37,6 +38,7 @@ FINAL_KEYS = (
     "dead_share mean_max_cosine eval_type_id eval_config eval_id datetime_epoch_millis eval_result_metrics "
     "eval_result_details sae_bench_commit_hash sae_lens_id sae_lens_release_id sae_lens_version sae_cfg_dict "
     "eval_result_unstructured eval_result_protocol eval_result_datasets eval_result_controls eval_result_statistics "
+    "eval_result_chosen_latents "
     "run workload seed importance_half_life_tokens git_revision versions hardware activations layers"
 )
 LOG_KEYS = (
@@ -110,7 +112,7 @@ def interrupted(out_dir, values, monkeypatch, step, **method):
 
 
 def test_leaves_these_files_and_no_others(finished):
-    expected = {"config.yaml", "final_info.json", "runtime.json", "training.png", "training_log.jsonl"}
+    expected = {"config.yaml", "final_info.json", "runtime.json", "training.png", "features.html", "training_log.jsonl"}
     for layer in (0, 1):
         saved = ("cfg.json", "fipo_statistics.safetensors", "sae_weights.safetensors", "probing_outcomes.safetensors")
         expected |= {f"layer_{layer}/{name}" for name in saved}
@@ -176,10 +178,23 @@ def test_config_as_resolved(finished, values):
 
 def test_runtime(finished):
     times = read_json(finished / "runtime.json")
-    phases = ["set_up", "harvest", "training", "probing"]
-    assert list(times)[:4] == phases and all(times[phase] > 0 for phase in phases)
+    phases = ["set_up", "harvest", "training", "probing", "page"]
+    assert list(times)[:5] == phases and all(times[phase] > 0 for phase in phases)
     assert times["harvested"] is True, "nothing was in its cache"
     assert 0.05 < times["peak_memory_gib"] < 6 and times["hardware"]["threads"] >= 1
+
+
+def test_page_shows_the_held_out_text_and_what_the_probes_took(finished):
+    content = (finished / "features.html").read_text(encoding="utf-8")
+    info = read_json(finished / "final_info.json")
+    assert "on 200 held-out tokens" in content and "run_3, tiny, seed 42" in content
+    for layer, record in info["layers"].items():
+        assert f"<td>{record['held_out_fvu']:.3f}</td>".replace("<td>", '<td class="n">') in content
+        for of_dataset in record["eval_result_chosen_latents"].values():
+            for chosen in of_dataset.values():
+                assert len(chosen["latents"]) == 5
+                assert all(f'<article id="layer-{layer}-{latent}">' in content for latent in chosen["latents"])
+    assert any(word in re.sub("<[^>]*>", "", content) for word in tiny.TOPICS["sport"])
 
 
 def test_picture_is_a_png(finished):
@@ -195,10 +210,14 @@ def test_saved_saes_work_on_raw_activations(finished, load_lm):
     rows = first_rows(lm.token_rows(tiny.sentences(150, seed=1)), lm, 200)
     acts_NLD = torch.cat([chunk.acts_NLD for chunk in harvest(lm, rows)])[:200]
     info = read_json(finished / "final_info.json")
+    page = (finished / "features.html").read_text(encoding="utf-8")
     for place, layer in enumerate((0, 1)):
         sae, acts_ND = load_sae(finished / f"layer_{layer}"), acts_NLD[:, place]
         with torch.no_grad():
             fvu = (sae(acts_ND) - acts_ND).pow(2).sum() / (acts_ND - acts_ND.mean(0)).pow(2).sum()
+            rates = (sae.encode(acts_ND) > 0).double().mean(0).tolist()
+        told = re.findall(rf'id="layer-{layer}-(\d+)">.*?active on ([\d.]+) %', page, flags=re.DOTALL)
+        assert len(told) > 20 and all(float(rate) == pytest.approx(100 * rates[int(n)], abs=0.6) for n, rate in told)
         assert fvu.item() == pytest.approx(info["layers"][str(layer)]["held_out_fvu"], rel=1e-3)
         beside = safetensors.torch.load_file(finished / f"layer_{layer}" / "fipo_statistics.safetensors")
         assert beside["sigma_F"].shape == beside["silent_tokens_F"].shape == (64,) and beside["sigma_F"].max() > 0

@@ -125,6 +125,18 @@ def test_packing_a_stream_that_fits_exactly_keeps_all(load_lm):
     assert list(lm.packed_rows(texts)) == [[0] * 16] * 2
 
 
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_pieces_make_up_the_text(load_lm, architecture):
+    """Also of tokens that are a part of a character, and from the middle of a text."""
+    lm = load_lm(architecture)
+    for text in ("the team of bank", "the g\u00f6al \u2603 of \U0001f600 moon", *tiny.sentences(4, seed=3)):
+        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for part in (ids, ids[1:], ids[2:5]):
+            pieces = lm.pieces(part)
+            assert len(pieces) == len(part) and "".join(pieces) == lm.tokenizer.decode(part).rstrip("\ufffd")
+    assert lm.pieces([]) == []
+
+
 def test_dtype_and_width(load_lm):
     lm = load_lm("llama", dtype="bfloat16")
     assert lm.dtype == torch.bfloat16 and lm.width == tiny.WIDTH

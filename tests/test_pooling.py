@@ -20,9 +20,14 @@ def tokens():
     return torch.randn(len(owner_N), 2, WIDTH, generator=generator), owner_N
 
 
+def chunk(acts_NLD, owner_N):
+    """Which tokens they are is nothing to pooling."""
+    return Chunk(acts_NLD, owner_N, torch.zeros_like(owner_N))
+
+
 def chunks(size):
     acts_NLD, owner_N = tokens()
-    return [Chunk(acts_NLD[s : s + size], owner_N[s : s + size]) for s in range(0, len(owner_N), size)]
+    return [chunk(acts_NLD[s : s + size], owner_N[s : s + size]) for s in range(0, len(owner_N), size)]
 
 
 def maps():
@@ -60,9 +65,9 @@ def test_wide_codes_are_made_in_pieces_that_fit_the_cache(monkeypatch):
     seen = []
     acts_NLD, owner_N = torch.randn(150, 1, 4, generator=seeded(3)), torch.arange(150) // 50
     wide = FeatureMap(0, 9, lambda acts_BD: seen.append(len(acts_BD)) or acts_BD.repeat(1, 3)[:, :9], ("sae",))
-    (whole_NF,) = pool([Chunk(acts_NLD, owner_N)], 3, [wide], (0,))
+    (whole_NF,) = pool([chunk(acts_NLD, owner_N)], 3, [wide], (0,))
     monkeypatch.setattr(pooling, "CODES_IN_CACHE", 9 * 64)
-    (pieces_NF,) = pool([Chunk(acts_NLD, owner_N)], 3, [wide], (0,))
+    (pieces_NF,) = pool([chunk(acts_NLD, owner_N)], 3, [wide], (0,))
     assert seen == [150, 64, 64, 22]
     torch.testing.assert_close(pieces_NF, whole_NF)
 
@@ -72,11 +77,11 @@ def test_what_is_missing_is_made_in_the_pieces_of_all(monkeypatch):
     """A first run and one that found a part in the cache add up the same numbers in the same order."""
     monkeypatch.setattr(pooling, "CODES_IN_CACHE", 9 * 64)
     seen = []
-    chunk = Chunk(torch.randn(150, 1, 4, generator=seeded(3)), torch.arange(150) // 50)
+    given = chunk(torch.randn(150, 1, 4, generator=seeded(3)), torch.arange(150) // 50)
     narrow = FeatureMap(0, 4, lambda acts_BD: seen.append(len(acts_BD)) or acts_BD, ("sae", "narrow"), keep=False)
     wide = FeatureMap(0, 9, lambda acts_BD: acts_BD.repeat(1, 3)[:, :9], ("sae", "wide"))
     for _ in range(2):
-        pool_or_read({"text": "x"}, lambda: [chunk], 3, [narrow, wide], (0,))
+        pool_or_read({"text": "x"}, lambda: [given], 3, [narrow, wide], (0,))
     assert seen == 2 * [64, 64, 22]
 
 
@@ -96,9 +101,9 @@ def test_a_token_that_sums_to_zero_does_not_count_in_bfloat16():
     acts_NLD = torch.tensor([[1.0, -1.0], [2.0, 0.5]])[:, None]
     both = [FeatureMap(0, 2, lambda acts_BD: acts_BD, ("llm",), channels=True)]
     both.append(FeatureMap(0, 2, lambda acts_BD: acts_BD.relu(), ("sae",)))
-    chunk = [Chunk(acts_NLD, torch.tensor([0, 0]))]
-    assert [one.tolist() for one in pool(chunk, 1, both, (0,), precision="bfloat16")] == [[[3.0, -0.5]], [[2.0, 0.5]]]
-    assert [one.tolist() for one in pool(chunk, 1, both, (0,))] == [[[1.5, -0.25]], [[1.5, 0.25]]]
+    given = [chunk(acts_NLD, torch.tensor([0, 0]))]
+    assert [one.tolist() for one in pool(given, 1, both, (0,), precision="bfloat16")] == [[[3.0, -0.5]], [[2.0, 0.5]]]
+    assert [one.tolist() for one in pool(given, 1, both, (0,))] == [[[1.5, -0.25]], [[1.5, 0.25]]]
 
 
 def test_a_text_without_tokens_is_named():

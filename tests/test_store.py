@@ -12,6 +12,7 @@ from fipo.files import read_json, sha256_file, write_json
 from fipo.lock import locked
 
 LAYERS, WIDTH = 2, 3
+NUMBERS_N = torch.zeros(10, dtype=torch.int64)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def chunks(sizes=(7, 16, 1, 13), dtype=torch.float32):
     generator, text = seeded(), 0
     for size in sizes:
         acts_NLD = torch.randn(size, LAYERS, WIDTH, generator=generator).to(dtype)
-        yield Chunk(acts_NLD, torch.arange(text, text + size) // 3)
+        yield Chunk(acts_NLD, torch.arange(text, text + size) // 3, 100 + torch.arange(text, text + size))
         text += size
 
 
@@ -49,6 +50,9 @@ def test_round_trip_over_several_shards(dtype):
         assert torch.equal(made.read(start, count), expected[start : start + count])
     assert torch.equal(torch.cat(list(made.batches(8))), expected)
     assert torch.equal(made.texts(), torch.cat([chunk.text_N for chunk in chunks()]))
+    assert torch.equal(made.token_ids(), torch.arange(100, 137))
+    again = [torch.cat(parts) for parts in zip(*made.chunks(8), strict=True)]
+    assert all(map(torch.equal, again, (expected, made.texts(), made.token_ids())))
 
 
 def test_gather_in_any_order():
@@ -156,13 +160,14 @@ def change_shard(folder, **tensors):
 @pytest.mark.parametrize(
     "tensors",
     [
-        {"acts_NLD": torch.ones(9, LAYERS, WIDTH), "text_N": torch.zeros(9, dtype=torch.int64)},
-        {"acts_NLD": torch.ones(10, LAYERS + 1, WIDTH), "text_N": torch.zeros(10, dtype=torch.int64)},
-        {"acts_NLD": torch.ones(10, WIDTH), "text_N": torch.zeros(10, dtype=torch.int64)},
-        {"acts_NLD": torch.ones(10, LAYERS, WIDTH, dtype=torch.int64), "text_N": torch.zeros(10, dtype=torch.int64)},
-        {"acts_NLD": torch.ones(10, LAYERS, WIDTH).bfloat16(), "text_N": torch.zeros(10, dtype=torch.int64)},
-        {"acts_NLD": torch.ones(10, LAYERS, WIDTH), "text_N": torch.zeros(10)},
-        {"acts_NLD": torch.ones(10, LAYERS, WIDTH)},
+        {"acts_NLD": torch.ones(9, LAYERS, WIDTH), "text_N": NUMBERS_N[:9], "token_N": NUMBERS_N[:9]},
+        {"acts_NLD": torch.ones(10, LAYERS + 1, WIDTH), "text_N": NUMBERS_N, "token_N": NUMBERS_N},
+        {"acts_NLD": torch.ones(10, WIDTH), "text_N": NUMBERS_N, "token_N": NUMBERS_N},
+        {"acts_NLD": torch.ones(10, LAYERS, WIDTH).long(), "text_N": NUMBERS_N, "token_N": NUMBERS_N},
+        {"acts_NLD": torch.ones(10, LAYERS, WIDTH).bfloat16(), "text_N": NUMBERS_N, "token_N": NUMBERS_N},
+        {"acts_NLD": torch.ones(10, LAYERS, WIDTH), "text_N": torch.zeros(10), "token_N": NUMBERS_N},
+        {"acts_NLD": torch.ones(10, LAYERS, WIDTH), "text_N": NUMBERS_N, "token_N": NUMBERS_N[:9]},
+        {"acts_NLD": torch.ones(10, LAYERS, WIDTH), "text_N": NUMBERS_N},
     ],
 )
 def test_a_shard_with_the_wrong_tensors_is_harvested_again(tensors):

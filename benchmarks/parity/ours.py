@@ -18,7 +18,7 @@ from fipo.evaluate import make_tasks
 from fipo.export import load_sae
 from fipo.files import read_json, sha256_json
 from fipo.pooling import FeatureMap, Precision, encode_in, pool
-from fipo.probing import full_accuracies, sparse_answers
+from fipo.probing import full_accuracies, sparse_probes
 from fipo.randomness import generator_for
 from fipo.sae import SAE
 from fipo.saebench import Setting, metric_name, sparse_probing_record
@@ -63,7 +63,8 @@ def content_of_cache(classes: list[Tensor]) -> list[Chunk]:
         for acts_PLD in acts_BLD.split(64):
             content_PL = (acts_PLD != 0).any(-1)
             text_PL = (first + torch.arange(len(acts_PLD)))[:, None].expand_as(content_PL)
-            chunks.append(Chunk(acts_PLD[content_PL][:, None], text_PL[content_PL]))
+            text_N = text_PL[content_PL]
+            chunks.append(Chunk(acts_PLD[content_PL][:, None], text_N, torch.zeros_like(text_N)))
             first += len(acts_PLD)
     return chunks
 
@@ -101,7 +102,7 @@ def probe(
         start = time.monotonic()
         found[metric_name(who, None)] = full_accuracies(*parts, generator_for(seed, "full probe", who)).tolist()
         seconds += time.monotonic() - start
-        right = sparse_answers(*parts, ks)
+        right = sparse_probes(*parts, ks).right
         found |= {metric_name(who, k): right_TM.double().mean(1).tolist() for k, right_TM in right.items()}
     return found, seconds
 

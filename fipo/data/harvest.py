@@ -26,7 +26,9 @@ class Chunk(NamedTuple):
     acts_NLD: Tensor
     """In the model's dtype, on the model's device."""
     text_N: Tensor
-    """Number of the row each token comes from, int64."""
+    """Number of the row each token comes from, int64. Tokens of a row stand together, in their order."""
+    token_N: Tensor
+    """Token ids, int64."""
 
 
 def harvest(
@@ -51,7 +53,7 @@ def harvest(
             text_N = text_B[:, None].expand_as(content_BS)[content_BS]
             acts_NLD = acts_LBSD[:, content_BS.to(acts_LBSD.device)].transpose(0, 1)
             _check_finite(acts_NLD, lm)
-            yield Chunk(acts_NLD[skip:], text_N[skip:])
+            yield Chunk(acts_NLD[skip:], text_N[skip:], ids_BS[content_BS][skip:])
             skip = 0
 
 

@@ -185,6 +185,15 @@ class LanguageModel:
                 yield front + waiting[start : start + size]
             waiting = waiting[len(waiting) - len(waiting) % size :]
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each of these tokens adds to the text of all; a character that several make together is the last's."""
+        pieces, text = [], ""
+        for count in range(1, len(ids) + 1):
+            longer = self.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False).removesuffix("\ufffd")
+            pieces.append(longer.removeprefix(text))
+            text = longer
+        return pieces
+
     @torch.inference_mode()
     def activations(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         """Residual stream behind every wanted layer, [L, B, S, D], in the model's own dtype."""

@@ -23,7 +23,7 @@ from fipo.files import TEMPORARY, read_json, remove, replacing_folder, sha256_fi
 from fipo.lock import locked
 from fipo.progress import say
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 65_536
 
@@ -39,7 +39,7 @@ def cache_root() -> Path:
 
 
 class ActivationStore:
-    """Activations [N, L, D] with the number of the text each token comes from."""
+    """Activations [N, L, D], with the number of each token's text and its id."""
 
     def __init__(self, folder: Path, *, made: bool = False) -> None:
         """Open and check; a missing or damaged store is a `UserError`. `made`: by this process, just now; the hashes of
@@ -76,7 +76,14 @@ class ActivationStore:
 
     def texts(self) -> Tensor:
         """Number of the text of every token, [N]."""
-        return torch.cat([load_tensors(file)["text_N"].clone() for file in self._files])
+        return self._column("text_N")
+
+    def token_ids(self) -> Tensor:
+        """Id of every token, [N]."""
+        return self._column("token_N")
+
+    def _column(self, name: str) -> Tensor:
+        return torch.cat([load_tensors(file)[name].clone() for file in self._files])
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """All activations in order, [<= size, L, D] at a time."""
@@ -84,10 +91,9 @@ class ActivationStore:
             yield self.read(start, min(size, self.tokens - start))
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """The same with the number of each token's text."""
-        text_N = self.texts()
-        for start, acts_NLD in zip(range(0, self.tokens, size), self.batches(size), strict=True):
-            yield Chunk(acts_NLD, text_N[start : start + size])
+        """The same with the number of each token's text, and its id."""
+        for parts in zip(self.batches(size), self.texts().split(size), self.token_ids().split(size), strict=True):
+            yield Chunk(*parts)
 
 
 def open_or_harvest(
@@ -173,12 +179,12 @@ def _shard(file: Path) -> Iterator[Any]:
 def _shard_shape(file: Path, tokens: int) -> tuple[str, int, int]:
     """Dtype, layers and width of a shard that holds so many tokens."""
     with _shard(file) as shard:
-        if set(shard.keys()) != {"acts_NLD", "text_N"}:
+        if set(shard.keys()) != set(Chunk._fields):
             raise UserError(f"{file} is damaged: it holds other tensors")
-        acts, texts = shard.get_slice("acts_NLD"), shard.get_slice("text_N")
+        acts, *columns = (shard.get_slice(name) for name in Chunk._fields)
         shape, dtype = acts.get_shape(), acts.get_dtype()
         fits = len(shape) == 3 and shape[0] == tokens and dtype in ("F32", "BF16", "F16")
-        if not fits or texts.get_shape() != [tokens] or texts.get_dtype() != "I64":
+        if not fits or any((one.get_shape(), one.get_dtype()) != ([tokens], "I64") for one in columns):
             raise UserError(f"{file} is damaged: its tensors have another shape or dtype")
     return dtype, shape[1], shape[2]
 
@@ -204,20 +210,19 @@ def _write(folder: Path, key: dict[str, Any], chunks: Iterable[Chunk], tokens: i
     def flush() -> None:
         assert shard is not None
         file = folder / _shard_name(len(shards))
-        write_tensors(file, {"acts_NLD": shard.acts_NLD[:filled], "text_N": shard.text_N[:filled]})
+        write_tensors(file, {name: held[:filled] for name, held in shard._asdict().items()})
         shards.append({"file": file.name, "tokens": filled, "sha256": sha256_file(file)})
 
     for chunk in chunks:
         room = len(chunk.text_N) if tokens is None else min(len(chunk.text_N), tokens - total)
         total += room
         if shard is None:
-            shape = (SHARD_TOKENS, *chunk.acts_NLD.shape[1:])
-            shard = Chunk(chunk.acts_NLD.new_empty(shape, device="cpu"), chunk.text_N.new_empty(SHARD_TOKENS))
+            shard = Chunk(*(part.new_empty((SHARD_TOKENS, *part.shape[1:]), device="cpu") for part in chunk))
         done = 0
         while done < room:
             count = min(room - done, SHARD_TOKENS - filled)
-            shard.acts_NLD[filled : filled + count] = chunk.acts_NLD[done : done + count]
-            shard.text_N[filled : filled + count] = chunk.text_N[done : done + count]
+            for held, part in zip(shard, chunk, strict=True):
+                held[filled : filled + count] = part[done : done + count]
             done, filled = done + count, filled + count
             if filled == SHARD_TOKENS:
                 flush()
