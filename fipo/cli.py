@@ -2,9 +2,11 @@
 
 fipo probe RUN_OR_SAE_DIR ... --datasets NAME_OR_FOLDER ...
 fipo compare RUN_OR_RESULT ... [--picture OUT.png]
+fipo cache [--remove NAME ...]
 """
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -28,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_probe(commands.add_parser("probe", help="sparse probing of saved SAEs, in one pass of the model"))
     _add_compare(commands.add_parser("compare", help="finished runs side by side, as Markdown"))
+    _add_cache(commands.add_parser("cache", help="what lies in the cache of activations, and removing it"))
     given = parser.parse_args(arguments)
     try:
         given.run(given)
@@ -43,6 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # who reads has seen enough; what is still to be flushed at exit goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC:  # a defect: files that cannot be written have words of their own
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stderr.write(f"error: the output cannot be written: {error.strerror}; free space there\n")
+        return EXIT_CODE
     except KeyboardInterrupt:
         sys.stderr.write("stopped; what is pooled is kept: give the same command to go on\n")
         return 130
@@ -123,6 +132,23 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     picture = "PNG, PDF or SVG of explained variance against F1 and top-1, by the file's name"
     parser.add_argument("--picture", type=Path, metavar="FILE", help=picture)
     parser.set_defaults(run=_compare)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--remove",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="entries by the names listed, `unreadable` (of other versions, or damaged) or `all`",
+    )
+    parser.set_defaults(run=_cache)
+
+
+def _cache(given: argparse.Namespace) -> None:
+    from fipo import cache
+
+    cache.run(given.remove)
 
 
 def _compare(given: argparse.Namespace) -> None:

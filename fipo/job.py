@@ -32,6 +32,7 @@ from fipo.log import read_log
 from fipo.loop import CHECKPOINTS, LOG, train_all
 from fipo.memory import enough_memory, keep_freed
 from fipo.metrics import max_cosines, quality
+from fipo.pooling import POOLED
 from fipo.provenance import hardware, provenance
 from fipo.report import OUTCOMES
 from fipo.results import FINAL, RUNTIME
@@ -87,7 +88,7 @@ def run(out_dir: Path, experiments: Path) -> None:
         refuse_finished(out_dir)
         refuse_without_config(out_dir)
         remove_temporaries(out_dir)
-        remove_temporaries(cache_root() / "pooled", of_the_dead=True)
+        remove_temporaries(cache_root() / POOLED, of_the_dead=True)
         workload = config.workload
         device = "cuda" if torch.cuda.is_available() else "cpu"
         lm = LanguageModel(

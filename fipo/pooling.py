@@ -29,6 +29,8 @@ from fipo.sae import SAE
 from fipo.screen import Pairs
 
 Precision = Literal["float32", "bfloat16"]
+POOLED = "pooled"
+"""The folder of what is pooled, in the cache."""
 CODES_IN_CACHE = 2**22
 """Codes made at a time on a CPU: 16 MB, which stay in its cache and need no fresh memory (a quarter less time)."""
 
@@ -164,7 +166,7 @@ def _digest(tensor: Tensor) -> Tensor:
 
 
 def _place(key: Any, ending: str) -> Path:
-    return cache_root() / "pooled" / f"{sha256_json(key)[:32]}.{ending}"
+    return cache_root() / POOLED / f"{sha256_json(key)[:32]}.{ending}"
 
 
 def numbers_or_read(key: Any, measure: Callable[[], dict[str, float]]) -> dict[str, float]:

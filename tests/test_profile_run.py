@@ -67,7 +67,7 @@ def test_a_moment_belongs_to_the_innermost_part():
     seconds = profile_run.by_part(stacks, {"in": [f"{here}:inner"], "out": [f"{here}:outer"]})
     assert seconds["in"] == pytest.approx(0.15, abs=0.05) and seconds["out"] == pytest.approx(0.15, abs=0.05)
     assert profile_run.by_part(stacks, {"out": [f"{here}:outer"]})["out"] == pytest.approx(0.3, abs=0.08)
-    assert profile_run.by_function(stacks, {here}).keys() == {f"{here}:inner", f"{here}:outer"}
+    assert profile_run.by_function(stacks, {here}).keys() >= {f"{here}:inner", f"{here}:outer"}
 
 
 def test_parts_of_given_stacks():

@@ -106,11 +106,11 @@ def open_or_harvest(
     """
     folder = cache_root() / sha256_json({"format": FORMAT, **key})[:32]
     if (store := _find(folder, key)) is not None:
-        if _lock(folder).exists():  # a killed process left it, or another is about to remove it
-            with contextlib.suppress(UserError), locked(_lock(folder)):
+        if lock_of(folder).exists():  # a killed process left it, or another is about to remove it
+            with contextlib.suppress(UserError), locked(lock_of(folder)):
                 pass
         return store
-    with locked(_lock(folder), wait=True):
+    with locked(lock_of(folder), wait=True):
         if (store := _find(folder, key)) is None:  # else another process has made it meanwhile
             _clear_stale(folder)
             _check_room(folder.parent, needed)
@@ -143,7 +143,11 @@ def _find(folder: Path, key: dict[str, Any]) -> ActivationStore | None:
     except UserError as error:
         say(f"warning: stored activations are harvested again: {error}")
         return None
-    return store if store.manifest["key"] == key else None
+    if store.manifest["key"] != key:
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(folder / MANIFEST)  # when it was last used
+    return store
 
 
 def checked_manifest(folder: Path) -> dict[str, Any]:
@@ -189,7 +193,8 @@ def _shard_shape(file: Path, tokens: int) -> tuple[str, int, int]:
     return dtype, shape[1], shape[2]
 
 
-def _lock(folder: Path) -> Path:
+def lock_of(folder: Path) -> Path:
+    """The file that is locked while the store in `folder` is made or removed."""
     return folder.with_name(f".{folder.name}.lock")
 
 
@@ -198,7 +203,10 @@ def _clear_stale(ours: Path) -> None:
     for path in sorted(ours.parent.glob(".*.tmp")):
         folder = path.with_name(path.name.split(".")[1])
         if TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(UserError), contextlib.nullcontext() if folder == ours else locked(_lock(folder)):
+            with (
+                contextlib.suppress(UserError),
+                contextlib.nullcontext() if folder == ours else locked(lock_of(folder)),
+            ):
                 remove(path)
 
 
