@@ -166,6 +166,8 @@ def watch(board: Board, folder: str, die_at: int, fault: Fault | None) -> None:
     job.training_activations = during("harvest", job.training_activations)
     job.train_all = during("training", job.train_all)
     job.probe = during("probing", job.probe)
+    job.report.draw = during("reporting", job.report.draw)
+    job.show = during("reporting", job.show)
     job.finish = during("reporting", job.finish)
     sys.addaudithook(changed)
 

@@ -4,7 +4,7 @@ One pass over the text finds every active code; the rest is counting. Shapes: N 
 active codes, ordered by latent, R rows of text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,7 +59,8 @@ class Activity(NamedTuple):
 
     @property
     def mean_F(self) -> Tensor:
-        """Mean code over all tokens: the importance σ of training, of this text."""
+        """Mean code over all tokens, by which latents are ranked here: σ under `importance.norm` l1, but of this text
+        and in the units of the model's activations."""
         sums_F = torch.zeros(len(self.first_F) - 1, dtype=torch.float64)
         latent_P = torch.repeat_interleave(torch.arange(len(sums_F)), self.first_F.diff())
         return sums_F.index_add_(0, latent_P, self.code_P.double()) / self.tokens
@@ -95,38 +96,44 @@ class Activity(NamedTuple):
 
 
 @torch.no_grad()
-def activity(sae: SAE, chunks: Iterable[Chunk], place: int, most: int) -> Activity:
-    """Active codes on at most `most` tokens of a text; `place`: that of the SAE's layer in the chunks."""
-    codes, latents, tokens, rows, ids = [], [], [], [], []
-    seen = 0
+def activities(saes: Mapping[str, tuple[SAE, int]], chunks: Iterable[Chunk], most: int) -> dict[str, Activity]:
+    """Active codes of several SAEs on the first `most` tokens of a text, read once; beside each SAE the place of its
+    layer in the chunks."""
+    pairs: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in saes}
+    rows, ids, seen = [], [], 0
     for chunk in chunks:
-        acts_NLD, text_N, id_N = (part[: most - seen] for part in chunk)
-        codes_NF = sae.encode(acts_NLD[:, place].to(sae.dec_FD.device))
-        token_P, latent_P = (codes_NF > 0).nonzero(as_tuple=True)
-        codes.append(codes_NF[token_P, latent_P].cpu())
-        latents.append(latent_P.cpu())
-        tokens.append(token_P.cpu() + seen)
-        rows.append(text_N)
+        acts_NLD, row_N, id_N = (part[: most - seen] for part in chunk)
+        for name, (sae, place) in saes.items():
+            codes_NF = sae.encode(acts_NLD[:, place].to(sae.dec_FD.device))
+            token_P, latent_P = (codes_NF > 0).nonzero(as_tuple=True)
+            pairs[name].append((codes_NF[token_P, latent_P].cpu(), token_P.cpu() + seen, latent_P.cpu()))
+        rows.append(row_N)
         ids.append(id_N)
-        seen += len(text_N)
+        seen += len(id_N)
         if seen == most:
             break
-    latent_P, order_P = torch.cat(latents).sort(stable=True)
-    begins_N = torch.cat(rows).diff(prepend=torch.tensor([-1])) != 0
-    return Activity(
-        torch.cat(codes)[order_P],
-        torch.cat(tokens)[order_P],
-        torch.searchsorted(latent_P, torch.arange(sae.latents + 1)),
-        begins_N.cumsum(0),
-        torch.cat(ids),
-    )
+    begins_N = torch.cat(rows).diff(prepend=torch.tensor([-1])) != 0  # what stands apart is of another row
+    text = begins_N.cumsum(0), torch.cat(ids)
+    return {
+        name: _by_latent(*map(torch.cat, zip(*pairs[name], strict=True)), saes[name][0].latents, *text) for name in saes
+    }
+
+
+def _by_latent(
+    code_P: Tensor, token_P: Tensor, latent_P: Tensor, latents: int, row_N: Tensor, id_N: Tensor
+) -> Activity:
+    """The same codes, ordered by latent, then token."""
+    latent_P, order_P = latent_P.sort(stable=True)
+    first_F = torch.searchsorted(latent_P, torch.arange(latents + 1))
+    return Activity(code_P[order_P], token_P[order_P], first_F, row_N, id_N)
 
 
 @torch.no_grad()
 def nearest(dec_FD: Tensor, latents: Sequence[int]) -> tuple[list[int], list[float]]:
-    """Of every one of these latents the other one whose decoder row is most similar, and their cosine."""
+    """Of every one of these latents the other one whose decoder row is most similar, and their cosine (-inf where there
+    is no other)."""
     unit_FD = normalize(dec_FD, dim=1)
     cos_CF = unit_FD[list(latents)] @ unit_FD.T
-    cos_CF[torch.arange(len(latents)), list(latents)] = -1.0
+    cos_CF[torch.arange(len(latents)), list(latents)] = -torch.inf
     cosine_C, latent_C = cos_CF.max(1)
     return latent_C.tolist(), cosine_C.tolist()

@@ -25,7 +25,7 @@ from fipo.data.text import pinned
 from fipo.errors import UserError
 from fipo.evaluate import Subject, load_subject, probe
 from fipo.export import save_sae
-from fipo.features import activity
+from fipo.features import activities
 from fipo.files import remove, remove_temporaries, writable, write_json
 from fipo.lock import locked
 from fipo.log import read_log
@@ -208,19 +208,32 @@ def show(
 ) -> None:
     """The page to look at: scores, concepts, and what the SAEs' latents respond to in held-out text."""
     workload = config.workload
-    shown = []
-    for place, (layer, info) in enumerate(layers.items()):
-        sae = subjects[f"layer_{layer}"].sae
-        found = activity(sae, held_out.chunks(CHUNK_TOKENS), place, PAGE_TOKENS)
-        shown.append(page.Layer(layer, info, found, sae.dec_FD))
+    saes = {name: (one.sae, lm.layers.index(one.layer)) for name, one in subjects.items()}
+    found = activities(saes, held_out.chunks(CHUNK_TOKENS), PAGE_TOKENS)
+    shown = [
+        page.Subject(f"layer {n}", told(info), info, found[f"layer_{n}"], subjects[f"layer_{n}"].sae.dec_FD)
+        for n, info in layers.items()
+    ]
     page.write(
         out_dir / PAGE,
         f"{config.run}, {workload.name}, seed {config.seed}",
         f"{workload.model}; {workload.steps:,} steps of {workload.batch_tokens:,} tokens; git revision {revision}",
+        "held-out text" + (", documents end to end" if workload.text.packed else ""),
         shown,
         lm.pieces,
         out_dir / PICTURE,
     )
+
+
+def told(info: dict[str, Any]) -> dict[str, str]:
+    """The held-out measures of a layer in words."""
+    return {
+        "latents": f"{info['dict_size']:,}",
+        "L0": f"{info['held_out_l0']:.1f}",
+        "FVU": f"{info['held_out_fvu']:.3f}",
+        "dead": f"{info['dead_share']:.2%}",
+        "mean max cosine": f"{info['mean_max_cosine']:.3f}",
+    }
 
 
 def finish(

@@ -1,4 +1,4 @@
-"""The page of a run: its scores, which latents the probes took for which concept, and what those latents respond to.
+"""A page to look at: scores of SAEs, the latents that probes took for each concept, and what those respond to.
 
 One HTML file that needs nothing beside it. This is the only module that imports jinja2.
 """
@@ -22,22 +22,29 @@ OF_A_PROBE = 5
 IMPORTANT, EVENLY = 24, 24
 """Other latents shown: the most important ones, and some evenly spaced over the ranks of all that are active."""
 
+VISIBLE = dict.fromkeys([*range(32), 127, 0x85, 0x2028, 0x2029], "\u2423") | dict.fromkeys(map(ord, "\n\r"), "\u21b5")
+"""What is shown in place of characters that would break a line, or that nobody sees."""
+
 Pieces = Callable[[Sequence[int]], list[str]]
 """Token ids -> what each adds to the text."""
 
 
-class Layer(NamedTuple):
+class Subject(NamedTuple):
     """What the page tells of one SAE."""
 
-    layer: int
-    info: dict[str, Any]
-    """Its probing result with the held-out measures (fipo.report.layer_info)."""
+    name: str
+    measures: dict[str, str]
+    """Name -> value, in words."""
+    record: dict[str, Any]
+    """Its probing result."""
     activity: Activity
     dec_FD: Tensor
 
 
-def write(file: Path, title: str, about: str, layers: Sequence[Layer], pieces: Pieces, picture: Path) -> None:
-    """Make the page; `about`: a line on where the run comes from, `picture`: a PNG to show."""
+def write(
+    file: Path, title: str, about: str, text: str, saes: Sequence[Subject], pieces: Pieces, picture: Path | None
+) -> None:
+    """Make the page; `about`: a line on where all comes from, `text`: what the examples are of, `picture`: a PNG."""
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -45,29 +52,31 @@ def write(file: Path, title: str, about: str, layers: Sequence[Layer], pieces: P
         title=title,
         about=about,
         controls=CONTROLS,
-        layers=[_layer(one, pieces) for one in layers],
-        picture=base64.b64encode(picture.read_bytes()).decode(),
+        text=text,
+        saes=[_told(one, pieces) for one in saes],
+        picture=None if picture is None else base64.b64encode(picture.read_bytes()).decode(),
     )
     with replacing(file) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
 def others(mean_F: Tensor) -> list[int]:
-    """Latents that are shown whatever the probes took, given the importance of all."""
+    """Latents that are shown whatever the probes took, given the importance of all; none that is never active."""
     rank_F = mean_F.argsort(descending=True, stable=True)
-    active = int((mean_F > 0).sum())
-    evenly = torch.linspace(0, max(0, active - 1), EVENLY).round().long()
-    return [*rank_F[:IMPORTANT].tolist(), *rank_F[evenly].tolist()]
+    rank_A = rank_F[: int((mean_F > 0).sum())]
+    evenly = torch.linspace(0, len(rank_A) - 1, EVENLY).round().long() if len(rank_A) else []
+    return [*rank_A[:IMPORTANT].tolist(), *rank_A[evenly].tolist()]
 
 
-def _layer(one: Layer, pieces: Pieces) -> dict[str, Any]:
-    tasks = _tasks(one.info)
+def _told(one: Subject, pieces: Pieces) -> dict[str, Any]:
+    tasks = _tasks(one.record)
     probed = {latent for task in tasks for latent, _ in task["latents"]}
     latents = _latents(one, probed.union(others(one.activity.mean_F)), tasks, pieces)
     return {
-        "layer": one.layer,
-        "info": one.info,
-        "scores": _scores(one.info),
+        "name": one.name,
+        "measures": one.measures,
+        "scores": _scores(one.record),
+        "replayed": one.record["eval_result_protocol"]["rng"] == "saebench",
         "tasks": tasks,
         "tokens": one.activity.tokens,
         "groups": {
@@ -77,10 +86,10 @@ def _layer(one: Layer, pieces: Pieces) -> dict[str, Any]:
     }
 
 
-def _scores(info: dict[str, Any]) -> list[dict[str, Any]]:
+def _scores(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Mean accuracy by k: latents, the controls, and the margin over the random SAE."""
-    means = {**overall_metrics(info), **info["eval_result_controls"]["mean"]}
-    margins = info["eval_result_controls"]["margin_over_random"]
+    means = {**overall_metrics(record), **record["eval_result_controls"]["mean"]}
+    margins = record["eval_result_controls"]["margin_over_random"]
     return [
         {
             "k": k,
@@ -88,24 +97,24 @@ def _scores(info: dict[str, Any]) -> list[dict[str, Any]]:
             "controls": [means[metric_name(who, k)] for who in CONTROLS],
             "margin": margins[f"top_{k}"],
         }
-        for k in info["eval_config"]["k_values"]
+        for k in record["eval_config"]["k_values"]
     ]
 
 
-def _tasks(info: dict[str, Any]) -> list[dict[str, Any]]:
+def _tasks(record: dict[str, Any]) -> list[dict[str, Any]]:
     """Every class of every dataset with the accuracy of its probes and the first latents they take."""
-    ks = info["eval_config"]["k_values"]
+    ks = record["eval_config"]["k_values"]
     tasks = []
-    for dataset in dataset_metrics(info):
-        accuracies = info["eval_result_unstructured"][f"{dataset}_results"]
-        for label, chosen in info["eval_result_chosen_latents"][dataset].items():
+    for dataset in dataset_metrics(record):
+        accuracies = record["eval_result_unstructured"][f"{dataset}_results"]
+        for label, chosen in record["eval_result_chosen_latents"][dataset].items():
             pairs = list(zip(chosen["latents"], chosen["mean_differences"], strict=True))[:OF_A_PROBE]
-            by_k = [(k, accuracies[metric_name("sae", k)][label]) for k in (ks[0], ks[-1])]
+            by_k = [(k, accuracies[metric_name("sae", k)][label]) for k in sorted({min(ks), max(ks)})]
             tasks.append({"dataset": dataset, "label": label, "accuracies": by_k, "latents": pairs})
     return tasks
 
 
-def _latents(one: Layer, wanted: set[int], tasks: list[dict[str, Any]], pieces: Pieces) -> list[dict[str, Any]]:
+def _latents(one: Subject, wanted: set[int], tasks: list[dict[str, Any]], pieces: Pieces) -> list[dict[str, Any]]:
     """All that is told of the wanted latents, by importance."""
     rate_F, mean_F = one.activity.rate_F, one.activity.mean_F
     order_F = mean_F.argsort(descending=True, stable=True)
@@ -124,7 +133,7 @@ def _latents(one: Layer, wanted: set[int], tasks: list[dict[str, Any]], pieces: 
                 "near_shown": near in wanted,
                 "cosine": cosine,
                 "tasks": [
-                    {"name": f"{task['dataset']}: {task['label']}", "place": place + 1, "more": difference > 0}
+                    {"name": f"{task['dataset']}: {task['label']}", "place": place + 1, "more": difference >= 0}
                     for task in tasks
                     for place, (chosen, difference) in enumerate(task["latents"])
                     if chosen == latent
@@ -136,9 +145,14 @@ def _latents(one: Layer, wanted: set[int], tasks: list[dict[str, Any]], pieces: 
 
 
 def _example(example: Example, largest: float, pieces: Pieces) -> dict[str, Any]:
-    """Its text as pieces, each with how dark it is: its code as a share of the latent's largest."""
-    texts = [text.replace("\n", "↵") for text in pieces(example.tokens)]
-    return {
-        "largest": example.largest,
-        "pieces": list(zip(texts, [code / largest for code in example.codes], strict=True)),
-    }
+    """Its text as pieces, each with how dark it is: its code as a share of the latent's largest. Of a character that
+    several tokens make together that is the largest of theirs."""
+    told, share = [], 0.0
+    for text, code in zip(pieces(example.tokens), example.codes, strict=True):
+        share = max(share, code / largest)
+        if text:
+            told.append((text.translate(VISIBLE), share))
+            share = 0.0
+    if share:
+        told.append(("\ufffd", share))
+    return {"largest": example.largest, "pieces": told}

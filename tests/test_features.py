@@ -6,7 +6,7 @@ from torch import nn
 from toys import seeded
 
 from fipo.data.harvest import Chunk
-from fipo.features import BEFORE, BEHIND, EVENLY, LARGEST, activity, nearest
+from fipo.features import BEFORE, BEHIND, EVENLY, LARGEST, activities, nearest
 from fipo.sae import SAE
 
 LATENTS, WIDTH, ROWS = 5, 4, 40
@@ -37,6 +37,10 @@ def text():
     return Chunk(torch.randn(len(text_N), 2, WIDTH, generator=seeded(3)), text_N, torch.arange(len(text_N)) + 1000)
 
 
+def activity(sae, chunks, place, most=10_000):
+    return activities({"a": (sae, place)}, chunks, most)["a"]
+
+
 def pieces(chunk, size):
     return [Chunk(*parts) for parts in zip(*(part.split(size) for part in chunk), strict=True)]
 
@@ -61,6 +65,13 @@ def test_no_more_tokens_than_asked_for(sae, text):
 
     found, whole = (activity(sae, given, 0, most) for given, most in ((chunks(), 120), (pieces(text, 120), 120)))
     assert found.tokens == 120 and all(map(torch.equal, found, whole))
+
+
+def test_several_saes_in_one_pass(sae, text):
+    other = SAE(WIDTH, 3, Relu(), generator=seeded(7))
+    both = activities({"a": (sae, 1), "b": (other, 0)}, iter(pieces(text, 64)), 10_000)
+    for name, one, place in (("a", sae, 1), ("b", other, 0)):
+        assert all(map(torch.equal, both[name], activity(one, pieces(text, 64), place)))
 
 
 def test_examples_are_of_the_largest_rows_and_evenly_of_the_rest(sae, text):
@@ -103,6 +114,11 @@ def test_two_rows_of_one_number_that_do_not_touch_are_two(sae):
     acts_NLD = torch.full((6, 1, WIDTH), 5.0) * sae.enc_FD[0].detach()
     chunk = Chunk(acts_NLD, torch.tensor([7, 7, 8, 8, 7, 7]), torch.arange(6))
     assert sorted(example.tokens for example in activity(sae, [chunk], 0, 6).examples(0)) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_nearest_is_another_one_or_none():
+    assert nearest(torch.tensor([[1.0, 0.0], [-2.0, 0.0]]), [0, 1]) == ([1, 0], [-1.0, -1.0])
+    assert nearest(torch.ones(1, 2), [0])[1] == [-torch.inf]
 
 
 def test_nearest_by_brute_force():

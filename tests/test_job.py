@@ -187,13 +187,13 @@ def test_runtime(finished):
 def test_page_shows_the_held_out_text_and_what_the_probes_took(finished):
     content = (finished / "features.html").read_text(encoding="utf-8")
     info = read_json(finished / "final_info.json")
-    assert "on 200 held-out tokens" in content and "run_3, tiny, seed 42" in content
-    for layer, record in info["layers"].items():
-        assert f"<td>{record['held_out_fvu']:.3f}</td>".replace("<td>", '<td class="n">') in content
+    assert "on 200 tokens of held-out text" in content and "run_3, tiny, seed 42" in content
+    for number, record in enumerate(info["layers"].values(), 1):
+        assert f'<td class="n">{record["held_out_fvu"]:.3f}</td>' in content
         for of_dataset in record["eval_result_chosen_latents"].values():
             for chosen in of_dataset.values():
                 assert len(chosen["latents"]) == 5
-                assert all(f'<article id="layer-{layer}-{latent}">' in content for latent in chosen["latents"])
+                assert all(f'<article id="sae-{number}-{latent}">' in content for latent in chosen["latents"])
     assert any(word in re.sub("<[^>]*>", "", content) for word in tiny.TOPICS["sport"])
 
 
@@ -216,7 +216,7 @@ def test_saved_saes_work_on_raw_activations(finished, load_lm):
         with torch.no_grad():
             fvu = (sae(acts_ND) - acts_ND).pow(2).sum() / (acts_ND - acts_ND.mean(0)).pow(2).sum()
             rates = (sae.encode(acts_ND) > 0).double().mean(0).tolist()
-        told = re.findall(rf'id="layer-{layer}-(\d+)">.*?active on ([\d.]+) %', page, flags=re.DOTALL)
+        told = re.findall(rf'id="sae-{place + 1}-(\d+)">.*?active on ([\d.]+) %', page, flags=re.DOTALL)
         assert len(told) > 20 and all(float(rate) == pytest.approx(100 * rates[int(n)], abs=0.6) for n, rate in told)
         assert fvu.item() == pytest.approx(info["layers"][str(layer)]["held_out_fvu"], rel=1e-3)
         beside = safetensors.torch.load_file(finished / f"layer_{layer}" / "fipo_statistics.safetensors")

@@ -137,6 +137,21 @@ def test_pieces_make_up_the_text(load_lm, architecture):
     assert lm.pieces([]) == []
 
 
+def test_pieces_of_a_tokeniser_that_falls_back_to_bytes():
+    """Llama's and Gemma's: bytes of a character that is not whole also spoil whole ones beside them."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), *map(chr, range(97, 123)), "\u2581"]
+    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(tokens)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast = SimpleNamespace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    ids = tokenizer.encode("a\u2581\u2603b\U0001f9a3\U0001f9a3").ids
+    characters = ["a", " ", "", "", "\u2603", "b", "", "", "", "\U0001f9a3", "", "", "", "\U0001f9a3"]
+    assert LanguageModel.pieces(fast, ids) == characters
+    assert LanguageModel.pieces(fast, ids[:-2]) == characters[:-2], "cut within a character"
+
+
 def test_dtype_and_width(load_lm):
     lm = load_lm("llama", dtype="bfloat16")
     assert lm.dtype == torch.bfloat16 and lm.width == tiny.WIDTH

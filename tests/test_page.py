@@ -8,10 +8,11 @@ import torch
 from toys import seeded
 
 from fipo import page
-from fipo.features import Activity
+from fipo.features import Activity, Example
 from fipo.page import EVENLY, IMPORTANT, others
 
 HOSTILE = "<script>alert('&')</script>"
+KS, RNG = [1, 5], "fipo"
 VOID = {"meta", "img", "br"}
 
 
@@ -57,12 +58,12 @@ def activity(latents=60, tokens=200):
     )
 
 
-def info(chosen, dataset="topics"):
-    ks = [1, 5]
+def record(chosen, dataset="topics"):
+    ks = KS
     means = {f"{who}_top_{k}_test_accuracy": 0.5 + k / 50 for who in ("sae", "llm", "pca", "random") for k in ks}
     of = {name: value for name, value in means.items() if name.startswith(("sae", "llm"))}
     return {
-        **{"dict_size": 60, "held_out_l0": 3.25, "held_out_fvu": 0.1234, "dead_share": 0.05, "mean_max_cosine": 0.3},
+        "eval_result_protocol": {"rng": RNG},
         "eval_config": {"k_values": ks, "dataset_names": [dataset]},
         "eval_result_metrics": {who: {n: v for n, v in of.items() if n.startswith(who)} for who in ("llm", "sae")},
         "eval_result_details": [{"dataset_name": f"{dataset}_results", **of}],
@@ -76,19 +77,20 @@ def info(chosen, dataset="topics"):
         },
         "eval_result_chosen_latents": {
             dataset: {
-                label: {"latents": latents, "mean_differences": [0.5 - place for place in range(len(latents))]}
+                label: {"latents": latents, "mean_differences": [0.5 - place / 2 for place in range(len(latents))]}
                 for label, latents in chosen.items()
             }
         },
     }
 
 
-def write(tmp_path, chosen, layers=(1, 3), pieces=lambda ids: [f" {HOSTILE}{n}\n" for n in ids], dataset="topics"):
+def write(tmp_path, chosen, count=2, pieces=lambda ids: [f" {HOSTILE}{n}\n" for n in ids], dataset="topics"):
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"not really a picture")
     dec_FD = torch.randn(60, 8, generator=seeded())
-    made = [page.Layer(layer, info(chosen, dataset), activity(), dec_FD) for layer in layers]
-    page.write(tmp_path / "page.html", f"a title {HOSTILE}", "where from", made, pieces, picture)
+    told = {"L0": "3.2", "FVU": "0.123"}
+    made = [page.Subject(f"{HOSTILE} {n}", told, record(chosen, dataset), activity(), dec_FD) for n in range(count)]
+    page.write(tmp_path / "page.html", f"a title {HOSTILE}", "where from", "some text", made, pieces, picture)
     return read(tmp_path / "page.html")
 
 
@@ -97,18 +99,18 @@ def test_every_link_leads_somewhere_and_every_probed_latent_is_there(tmp_path):
     reader = write(tmp_path, chosen)
     assert len(set(reader.ids)) == len(reader.ids)
     assert {link.removeprefix("#") for link in reader.links} <= set(reader.ids)
-    for layer in (1, 3):
-        assert {f"layer-{layer}-{latent}" for latent in (49, 7, 55, 3, 2, 30)} <= set(reader.ids)
+    for number in (1, 2):
+        assert {f"sae-{number}-{latent}" for latent in (49, 7, 55, 3, 2, 30)} <= set(reader.ids)
     text = "".join(reader.text)
-    assert "topics: sport (no. 2, less active); topics: money (no. 1)" in text
+    assert "topics: sport (no. 2); topics: money (no. 1)" in text
     assert "no. 5" in text and "no. 6" not in text, "five of a probe"
     assert "not active on these tokens" in text, "latent 55"
     assert "+0.012 ± 0.004" in text and "-0.020\n" in text and "3.2" in text and "0.123" in text
 
 
 def test_latents_stand_in_two_groups_by_importance(tmp_path):
-    reader = write(tmp_path, {"sport": [3, 20], "money": [7]}, layers=(0,))
-    shown = [int(one.rsplit("-", 1)[1]) for one in reader.ids if re.fullmatch(r"layer-0-\d+", one)]
+    reader = write(tmp_path, {"sport": [3, 20], "money": [7]}, count=1)
+    shown = [int(one.rsplit("-", 1)[1]) for one in reader.ids if re.fullmatch(r"sae-1-\d+", one)]
     mean_F = activity().mean_F
     assert set(shown[:3]) == {3, 7, 20} and set(shown[3:]) == set(others(mean_F)) - {3, 7, 20}
     for group in (shown[:3], shown[3:]):
@@ -119,7 +121,9 @@ def test_nothing_of_the_text_becomes_a_tag(tmp_path):
     reader = write(tmp_path, {HOSTILE: [1]}, dataset=f"a/{HOSTILE}")
     assert "script" not in reader.tags
     text = "".join(reader.text)
-    assert f"a title {HOSTILE}" in text and f" {HOSTILE}7↵" in text and f"a/{HOSTILE}" in text
+    assert (
+        f"a title {HOSTILE}" in text and f"{HOSTILE} 1" in text and f" {HOSTILE}7↵" in text and f"a/{HOSTILE}" in text
+    )
 
 
 def test_needs_no_other_file(tmp_path):
@@ -128,15 +132,62 @@ def test_needs_no_other_file(tmp_path):
     assert "://" not in content and 'src="data:image/png;base64,bm90' in content
 
 
-@pytest.mark.parametrize("latents", [1, 10, 600])
+def test_a_character_of_several_tokens_is_as_dark_as_the_darkest():
+    """And one that is not whole at the end of an example is shown as such."""
+    example = Example([2.0, 0.0, 0.0, 1.0], [5, 6, 7, 8])
+    told = page._example(example, 4.0, lambda _: ["", "", "\u65e5", ""])
+    assert told == {"largest": 2.0, "pieces": [("\u65e5", 0.5), ("\ufffd", 0.25)]}
+    dark = page._example(example, 2.0, lambda _: ["a", "b", "", "c"])["pieces"]
+    assert dark == [("a", 1.0), ("b", 0.0), ("c", 0.5)]
+
+
+def test_what_would_break_a_line_is_visible(tmp_path):
+    write(tmp_path, {"a\0b": [1]}, pieces=lambda ids: ["a\r\n\u2028\0\tb"] * len(ids))
+    text = "".join(read(tmp_path / "page.html").text)
+    assert "a\u21b5\u21b5\u2423\u2423\u2423b" in text
+
+
+@pytest.mark.parametrize(("ks", "columns"), [([5, 1], ["k=1", "k=5"]), ([5], ["k=5"]), ([1, 5], ["k=1", "k=5"])])
+def test_the_fewest_and_the_most_latents_are_shown(tmp_path, monkeypatch, ks, columns):
+    monkeypatch.setattr("test_page.KS", ks)
+    text = "".join(write(tmp_path, {"sport": [1]}, count=1).text)
+    assert re.findall(r"k=\d+", text) == columns
+
+
+def test_a_latent_that_is_as_active_elsewhere_is_called_the_same_everywhere(tmp_path):
+    reader = write(tmp_path, {"sport": [1, 2, 3, 4, 5]}, count=1)
+    content = (tmp_path / "page.html").read_text(encoding="utf-8")
+    minus = re.findall(r">&minus;(\d+)</a>", content)
+    less = re.findall(r"sport \(no. (\d), less active\)", "".join(reader.text))
+    assert minus == ["3", "4", "5"] and sorted(less) == ["3", "4", "5"], "differences .5, 0, -.5, -1, -1.5"
+
+
+def test_replayed_accuracies_are_said_to_be_other_ones(tmp_path, monkeypatch):
+    assert "SAEBench's own draws" not in "".join(write(tmp_path, {"sport": [1]}).text)
+    monkeypatch.setattr("test_page.RNG", "saebench")
+    assert "SAEBench's own draws" in "".join(write(tmp_path, {"sport": [1]}).text)
+
+
+def test_a_single_latent_has_no_neighbour(tmp_path):
+    alone = page.Subject("one", {}, record({"sport": [0]}), activity(11), torch.ones(1, 8))
+    page.write(tmp_path / "page.html", "t", "a", "x", [alone], lambda ids: ["."] * len(ids), None)
+    assert "nearest" not in "".join(read(tmp_path / "page.html").text)
+
+
+@pytest.mark.parametrize("latents", [2, 10, 600])
 def test_others_are_the_most_important_and_some_of_all_that_are_active(latents):
     mean_F = torch.rand(latents, generator=seeded())
     mean_F[latents // 2 :] *= mean_F[latents // 2 :] > 0.9
     rank_F = mean_F.argsort(descending=True)
     active = int((mean_F > 0).sum())
     found = others(mean_F)
-    count = min(IMPORTANT, latents)
+    count = min(IMPORTANT, active)
     assert found[:count] == rank_F[:count].tolist()
     places = rank_F.argsort()[found[count:]].tolist()
-    assert len(places) == EVENLY and places[0] == 0 and places[-1] == max(0, active - 1)
+    assert len(places) == EVENLY and places[0] == 0 and places[-1] == active - 1
     assert max(b - a for a, b in zip(places, places[1:], strict=False)) <= active / (EVENLY - 1) + 1
+
+
+def test_no_latent_that_is_never_active_is_among_the_others():
+    assert others(torch.zeros(50)) == []
+    assert set(others(torch.tensor([0.0, 2.0, 0.0, 1.0]))) == {1, 3}

@@ -186,12 +186,14 @@ class LanguageModel:
             waiting = waiting[len(waiting) - len(waiting) % size :]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each of these tokens adds to the text of all; a character that several make together is the last's."""
+        """What each of these tokens adds to the text of all. A character that several make together is the last one's;
+        a character that is not whole at the end is nobody's."""
         pieces, text = [], ""
         for count in range(1, len(ids) + 1):
-            longer = self.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False).removesuffix("\ufffd")
-            pieces.append(longer.removeprefix(text))
-            text = longer
+            longer = self.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False).rstrip("\ufffd")
+            grown = longer.startswith(text)  # byte fallback takes back what it had while a character is not whole
+            pieces.append(longer.removeprefix(text) if grown else "")
+            text = longer if grown else text
         return pieces
 
     @torch.inference_mode()
