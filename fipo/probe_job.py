@@ -3,31 +3,38 @@
 The folders are those that fipo.saved finds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fipo import report
+from fipo import page, report
 from fipo.checkpoint import save_tensors
 from fipo.config import Probing
 from fipo.data.labelled import LabelledText, load_all
+from fipo.data.lm import LanguageModel
+from fipo.data.prepare import probe_chunks
 from fipo.done import read_done, result_key
-from fipo.evaluate import DatasetScores, load_subject, probe
+from fipo.evaluate import DatasetScores, Subject, load_subject, probe
+from fipo.features import Activity, activities
 from fipo.files import writable, write_json
 from fipo.memory import enough_memory
+from fipo.metrics import max_cosines
 from fipo.provenance import hardware, provenance
 from fipo.records import to_dict
-from fipo.results import OUTCOMES_SUFFIX, RESULT_SUFFIX
+from fipo.results import OUTCOMES_SUFFIX, PAGE_SUFFIX, RESULT_SUFFIX
 from fipo.saebench import Setting, sparse_probing_record
 from fipo.saved import Saved, file_names, find_saved, load_model
 from fipo.summary import accuracies, extras, outcomes
 
+PAGE_TEXTS, PAGE_TOKENS = 64, 65_536
+"""Texts of every dataset whose tokens a page is of, and tokens at most."""
 TO_LOWER = "the number of SAEs given at once, --train or --test"
 
 
 def run(folders: Sequence[Path], probing: Probing, seed: int, out: Path | None, **chosen: Any) -> None:
-    """Probe, write `out`/NAME_eval_results.json, and print; `chosen`: model, dtype and context where they are to differ
-    from what the SAEs say. What the same command has written before, as far as it came, is left as it is."""
+    """Probe, write `out`/NAME_eval_results.json with answers and page beside it, and print; `chosen`: model, dtype and
+    context where they are to differ from what the SAEs say. What the same command has written before, as far as it
+    came, is left as it is."""
     saved = find_saved(folders)
     files = file_names(saved)
     with writable(out, "--out"), enough_memory("probing", TO_LOWER):
@@ -50,11 +57,13 @@ def run(folders: Sequence[Path], probing: Probing, seed: int, out: Path | None, 
             training_tokens=None,
             commit=origin["git_revision"],
         )
+        active = _activities(missing, data, lm) if missing and out is not None else {}
         for one in saved:
             if one.name in missing:
                 record = {**_record(one, setting, scores[one.name], data), "key": keys[one.name], **origin}
                 records[one.name] = record
                 if out is not None:
+                    _write_page(out / f"{files[one.name]}{PAGE_SUFFIX}", one, record, active[one.name], missing, lm)
                     save_tensors(out / f"{files[one.name]}{OUTCOMES_SUFFIX}", outcomes(scores[one.name]))
                     write_json(out / f"{files[one.name]}{RESULT_SUFFIX}", record)
         for one in saved:  # once all is on disk: who reads may leave
@@ -77,6 +86,29 @@ def _record(
         **extras(found, data, setting.probing),
         "sae": one.described,
     }
+
+
+def _activities(
+    subjects: Mapping[str, Subject], data: Sequence[LabelledText], lm: LanguageModel
+) -> dict[str, Activity]:
+    """What is active on some texts of every dataset, evenly spaced, hence of all classes."""
+    texts = [text for one in data for text in one.texts[:: -(-len(one.texts) // PAGE_TEXTS)]]
+    saes = {name: (one.sae, lm.layers.index(one.layer)) for name, one in subjects.items()}
+    return activities(saes, probe_chunks(texts, lm), PAGE_TOKENS)
+
+
+def _write_page(
+    file: Path, one: Saved, record: dict[str, Any], active: Activity, subjects: Mapping[str, Subject], lm: LanguageModel
+) -> None:
+    dec_FD = subjects[one.name].sae.dec_FD
+    measures = {
+        "latents": f"{len(dec_FD):,}",
+        "L0": f"{active.rate_F.sum().item():.1f}",
+        "mean max cosine": f"{max_cosines(dec_FD).mean().item():.3f}",
+    }
+    told = page.Subject(f"layer {one.layer}", measures, record, active, dec_FD)
+    about = f"{lm.name}; git revision {record['git_revision']}"
+    page.write(file, one.name, about, "the labelled texts", [told], lm.pieces, None)
 
 
 def _training_tokens(run: dict[str, Any]) -> int | None:

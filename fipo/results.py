@@ -12,6 +12,7 @@ from fipo.saebench import OTHER_KS, dataset_metrics, metric_name, overall_metric
 
 FINAL, RUNTIME = "final_info.json", "runtime.json"
 RESULT_SUFFIX, OUTCOMES_SUFFIX = "_eval_results.json", "_outcomes.safetensors"
+PAGE_SUFFIX = "_features.html"
 SUITE_RESULT_SUFFIX = "_sae_probes_results.json"
 """How the names end of what `fipo probe --out` writes."""
 SUITE_METRICS = {"accuracy": "accuracy", "auc": "AUC", "f1": "F1"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,16 @@ import tiny
 import torch
 from toys import seeded
 
+from fipo import probe_job
 from fipo.activations import ReLU, TopK
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.cli import main
+from fipo.config import Probing
+from fipo.data.labelled import load_labelled
+from fipo.data.prepare import probe_chunks
 from fipo.data.store import cache_root
 from fipo.errors import UserError
-from fipo.export import save_sae
+from fipo.export import load_sae, save_sae
 from fipo.sae import SAE
 from fipo.sae_probes_suite import SuiteDataset
 from fipo.saved import find_saved
@@ -58,7 +63,8 @@ def test_probes_runs_and_single_saes_in_one_go(saved, labelled_folders, capsys):
         assert shown.count(label) >= 3
     files = {file.name for file in out.iterdir()}
     names = ("run_3_layer_0", "run_3_layer_1", "other")
-    assert files == {f"{n}{suffix}" for n in names for suffix in ("_eval_results.json", "_outcomes.safetensors")}
+    suffixes = ("_eval_results.json", "_outcomes.safetensors", "_features.html")
+    assert files == {f"{n}{suffix}" for n in names for suffix in suffixes}
     record = json.loads((out / "run_3_layer_1_eval_results.json").read_text())
     assert record["eval_type_id"] == "sparse_probing" and record["eval_config"]["dataset_names"] == ["topics", "more"]
     assert record["sae"] == {"name": "run_3/layer_1", "layer": 1, "run": "run_3", "seed": 42, "config": {}}
@@ -66,6 +72,29 @@ def test_probes_runs_and_single_saes_in_one_go(saved, labelled_folders, capsys):
     right_TM = load_tensors(out / "run_3_layer_1_outcomes.safetensors")["topics/sae_top_5/right_TM"]
     mean = record["eval_result_details"][0]["sae_top_5_test_accuracy"]
     assert right_TM.dtype == torch.bool and mean == pytest.approx(right_TM.double().mean().item())
+
+
+@pytest.mark.parametrize("most", [1000, 45])
+def test_the_page_is_of_the_sae_and_of_texts_of_all_classes(
+    most, saved, labelled_folders, capsys, load_lm, monkeypatch
+):
+    monkeypatch.setattr(probe_job, "PAGE_TEXTS", most)
+    probe(capsys, [saved / "run_3", saved / "other"], labelled_folders, "--out", saved / "out")
+    lm, probing = load_lm("bert"), Probing(datasets=("x",), train_per_class=20, test_per_class=10)
+    for name, folder in (("run_3_layer_1", "run_3/layer_1"), ("other", "other")):
+        record = json.loads((saved / "out" / f"{name}_eval_results.json").read_text())
+        page = (saved / "out" / f"{name}_features.html").read_text(encoding="utf-8")
+        text = re.sub("<[^>]*>", "", page)
+        assert all(any(word in text for word in words) for words in tiny.TOPICS.values())
+        texts = [t for one in labelled_folders for t in load_labelled(str(one), probing, 42).texts[:: 1 + (most < 90)]]
+        acts_ND = torch.cat([chunk.acts_NLD[:, 1] for chunk in probe_chunks(texts, lm)])
+        assert f"on {len(acts_ND):,} tokens of the labelled texts" in page
+        with torch.no_grad():
+            rates = (load_sae(saved / folder).encode(acts_ND) > 0).double().mean(0).tolist()
+        told = dict(re.findall(r'id="sae-1-(\d+)">.*?active on ([\d.e+]+) %', page, flags=re.DOTALL))
+        chosen = record["eval_result_chosen_latents"]["topics"]["sport"]["latents"]
+        assert {str(latent) for latent in chosen} <= told.keys()
+        assert all(float(rate) == pytest.approx(100 * rates[int(n)], rel=0.05) for n, rate in told.items())
 
 
 def test_the_same_command_gives_the_same_numbers(saved, labelled_folders, capsys):
@@ -102,8 +131,6 @@ def test_the_table_has_all_controls_and_the_spread_over_repeats(saved, labelled_
 
 
 def test_what_was_stopped_goes_on_and_other_settings_are_refused(saved, labelled_folders, capsys, monkeypatch):
-    from fipo import probe_job
-
     given, out, original = (saved / "run_3", saved / "other"), saved / "out", probe_job.write_json
     with monkeypatch.context() as patch:
 
@@ -118,11 +145,11 @@ def test_what_was_stopped_goes_on_and_other_settings_are_refused(saved, labelled
     (first,) = out.glob("*.json")
     written = {file: file.stat().st_mtime_ns for file in (first, out / "run_3_layer_0_outcomes.safetensors")}
     code, shown, _ = probe(capsys, given, labelled_folders, "--out", out)
-    assert code == 0 and shown.count("over random") == 3 and len(list(out.iterdir())) == 6
+    assert code == 0 and shown.count("over random") == 3 and len(list(out.iterdir())) == 9
     assert all(file.stat().st_mtime_ns == time for file, time in written.items())
     assert probe(capsys, given, labelled_folders, "--out", out)[:2] == (0, shown)
     (out / "other_outcomes.safetensors").unlink()
-    assert probe(capsys, given, labelled_folders, "--out", out)[:2] == (0, shown) and len(list(out.iterdir())) == 6
+    assert probe(capsys, given, labelled_folders, "--out", out)[:2] == (0, shown) and len(list(out.iterdir())) == 9
     for changed in (["--seed", 3], ["--k", 1], ["--test", 8], ["--repeats", 2], ["--context", 12]):
         code, shown, told = probe(capsys, given, labelled_folders, *changed, "--out", out)
         assert code == 2 and not shown and "of another SAE or of other settings" in told, changed
