@@ -5,10 +5,12 @@ The folder's last name picks `experiments/run_i.yaml`; the environment variable 
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 from fipo.errors import EXIT_CODE, UserError
+from fipo.output import standard_output
 
 
 def main() -> int:
@@ -21,10 +23,13 @@ def main() -> int:
     try:
         from fipo import job
 
-        job.run(arguments.out_dir, Path(__file__).parent / "experiments")
+        with standard_output():
+            job.run(arguments.out_dir, Path(__file__).parent / "experiments")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
+    except BrokenPipeError:  # who reads the table has seen enough
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt as stopped:
         print(f"{str(stopped) or 'stopped'}; give the same command to go on", file=sys.stderr)
         return getattr(stopped, "exit_code", 130)

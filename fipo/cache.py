@@ -1,70 +1,93 @@
 """What lies in the cache of activations and pooled texts, and what of it can go. No tensor is read.
 
-A cache only saves time: whatever is removed is made again by the next command that needs it.
+A cache only saves time: whatever is removed is made again by the next command that needs it. Whatever lies there must
+not keep this command from listing and removing the rest.
 """
 
+import os
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fipo.data.store import MANIFEST, cache_root, checked_manifest, lock_of
 from fipo.errors import UserError
-from fipo.files import remove
+from fipo.files import TEMPORARY, remove
 from fipo.lock import locked
 from fipo.pooling import POOLED
 from fipo.report import make_console
 
 STORE = re.compile("[0-9a-f]{32}")
+SHOWN, SHORTEST = 12, 8
+"""Characters of a name in the list, and those that `--remove` asks for at least."""
 UNREADABLE, ALL = "unreadable", "all"
-"""Names for those that this version cannot read, and for everything."""
+"""Names for what this version cannot read, and for everything."""
 HOLDS = {"first": "held-out text", "next": "training text", None: "labelled text"}
 """What a store is of, by the `rows` of its key."""
 
 
 class Entry(NamedTuple):
-    """A store of activations, or all that was pooled."""
+    """A store of activations, what is left of one that was never finished, or all that was pooled."""
 
     folder: Path
     size: int
     """Bytes."""
     used: float
-    """When a command last asked for it, in seconds since 1970."""
+    """When a command last used it, in seconds since 1970; 0 where that is not known."""
     content: str
-    """In words; empty where this version cannot read it."""
+    """In words."""
+    readable: bool = True
+    """By this version."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in the list."""
+        return self.folder.name.lstrip(".")
+
+    @property
+    def lock(self) -> Path:
+        """The file that is locked while this is made or removed."""
+        return lock_of(self.folder.with_name(self.name.partition(".")[0]))
 
 
 def entries(root: Path) -> list[Entry]:
     """All that lies in the cache, what was used last first."""
-    folders = [path for path in root.glob("*") if STORE.fullmatch(path.name) and path.is_dir()]
-    found = [Entry(path, _size(path), _used(path / MANIFEST), _content(path)) for path in folders]
-    if (pooled := root / POOLED).is_dir():
-        files = list(pooled.iterdir())
-        content = f"{len(files):,} files of pooled texts and measures"
-        found.append(Entry(pooled, _size(pooled), max(map(_used, files), default=0.0), content))
+    found = []
+    for folder in _inside(root):
+        if STORE.fullmatch(folder.name):
+            content = _content(folder)
+            told = content or f"{UNREADABLE}: of another version, or damaged"
+            found.append(Entry(folder, _size(folder), _changed(folder / MANIFEST), told, bool(content)))
+        elif TEMPORARY.fullmatch(folder.name) and STORE.match(folder.name[1:]):
+            found.append(Entry(folder, _size(folder), _changed(folder), f"{UNREADABLE}: not finished", False))
+        elif folder.name == POOLED:
+            files = _inside(folder)
+            used = max(map(_changed, files), default=0.0)
+            found.append(Entry(folder, _size(folder), used, f"pooled texts and measures, {len(files):,} files"))
     return sorted(found, key=lambda entry: -entry.used)
 
 
 def run(names: Sequence[str]) -> None:
     """List the cache; with `names`, remove those first: entries (or how they begin), `unreadable`, or `all`."""
     from rich.table import Table
+    from rich.text import Text
 
     root = cache_root()
-    gone = [entry for name in names for entry in _chosen(name, entries(root))]
+    before = entries(root)
+    gone = list(dict.fromkeys(entry for name in names for entry in _chosen(name, before)))
     for entry in gone:
-        _remove(entry.folder)
-    table = Table(title=str(root), title_justify="left")
+        _remove(entry)
+    left = entries(root) if gone else before
+    table = Table(title=Text(str(root)), title_justify="left")
     for column, side in (("name", "left"), ("size", "right"), ("last used", "left"), ("content", "left")):
         table.add_column(column, justify=side)
-    left = entries(root)
     for entry in left:
-        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        content = entry.content or f"{UNREADABLE}: of another version, or damaged"
-        table.add_row(entry.folder.name[:12], _text(entry.size), day, content)
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used)) if entry.used else "-"
+        table.add_row(entry.name[:SHOWN], _text(entry.size), day, Text(entry.content))
     console = make_console()
     console.print(table)
-    freed = f"; {_text(sum(entry.size for entry in set(gone)))} freed" if names else ""
+    freed = f"; {_text(sum(entry.size for entry in gone))} freed" if names else ""
     console.print(f"{_text(sum(entry.size for entry in left))} in {len(left)} entries{freed}")
 
 
@@ -72,8 +95,8 @@ def _chosen(name: str, found: Sequence[Entry]) -> list[Entry]:
     if name == ALL:
         return list(found)
     if name == UNREADABLE:
-        return [entry for entry in found if not entry.content]
-    matches = [entry for entry in found if name and entry.folder.name.startswith(name)]
+        return [entry for entry in found if not entry.readable]
+    matches = [entry for entry in found if entry.name.startswith(name) and len(name) >= min(SHORTEST, len(entry.name))]
     if len(matches) != 1:
         raise UserError(
             f"--remove {name} is {'no entry' if not matches else f'{len(matches)} entries'} of {cache_root()}; give a "
@@ -82,34 +105,58 @@ def _chosen(name: str, found: Sequence[Entry]) -> list[Entry]:
     return matches
 
 
-def _remove(folder: Path) -> None:
-    """Take the manifest first: what is left of an interrupted removal is no store any more."""
-    with locked(lock_of(folder)):
-        remove(folder / MANIFEST)
-        remove(folder)
-    if folder.exists():
-        raise UserError(f"{folder} cannot be removed; check who owns it")
+def _remove(entry: Entry) -> None:
+    """The manifest goes first: what is left of an interrupted removal is no store any more. Of a link, what it leads
+    to."""
+    with locked(entry.lock):
+        remove(entry.folder / MANIFEST)
+        remove(entry.folder.resolve())
+        if entry.folder.is_symlink():
+            entry.folder.unlink()
+    if os.path.lexists(entry.folder):
+        raise UserError(f"{entry.folder} cannot be removed; check who owns it")
 
 
 def _content(folder: Path) -> str:
+    """What a store holds, in words; empty where this version cannot read it."""
     try:
         manifest = checked_manifest(folder)
-    except UserError:
+    except (UserError, OSError):
         return ""
-    key: dict[str, Any] = manifest["key"]
-    layers = ", ".join(map(str, key.get("layers", ())))
-    return (
-        f"{manifest['tokens']:,} tokens of {HOLDS.get(key.get('rows'), 'text')}; layers {layers}, context "
-        f"{key.get('context')}, {str(key.get('dtype')).removeprefix('torch.')}, model {str(key.get('model'))[:8]}"
+    key = manifest["key"]
+    rows = key.get("rows") if isinstance(key, dict) else ""
+    if not isinstance(rows, str | None) or rows not in HOLDS:
+        return ""
+    context, dtype, model = key.get("context"), str(key.get("dtype")).removeprefix("torch."), str(key.get("model"))[:8]
+    told = (
+        f"{manifest['tokens']:,} tokens of {HOLDS[rows]}; layers {str(key.get('layers')).strip('[]')}, context "
+        f"{context}, {dtype}, model {model}"
     )
+    return ascii(told)[1:-1]  # a hostile key may hold anything
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of the files in a folder, as far as they can be seen; they may be going away."""
+    return sum(found.st_size for file in _inside(folder) if (found := _stat(file)) is not None)
 
 
-def _used(file: Path) -> float:
-    return file.stat().st_mtime if file.exists() else 0.0
+def _changed(file: Path) -> float:
+    found = _stat(file)
+    return 0.0 if found is None else found.st_mtime
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except OSError:
+        return None
 
 
 def _text(size: int) -> str:

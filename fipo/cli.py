@@ -6,13 +6,12 @@ fipo cache [--remove NAME ...]
 """
 
 import argparse
-import errno
-import os
 import signal
 import sys
 from pathlib import Path
 
 from fipo.errors import EXIT_CODE, UserError
+from fipo.output import standard_output
 
 SAEBENCH_ONLY = {
     **{"train": "train_per_class", "test": "test_per_class"},
@@ -33,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     _add_cache(commands.add_parser("cache", help="what lies in the cache of activations, and removing it"))
     given = parser.parse_args(arguments)
     try:
-        given.run(given)
-        sys.stdout.flush()
+        with standard_output():
+            given.run(given)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_CODE
@@ -43,17 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {error.name} is not installed; `fipo {given.command}` needs fipo-sae[run]\n")
         return EXIT_CODE
-    except BrokenPipeError:  # who reads has seen enough; what is still to be flushed at exit goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # who reads has seen enough
         return 128 + signal.SIGPIPE
-    except OSError as error:
-        if error.errno != errno.ENOSPC:  # a defect: files that cannot be written have words of their own
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.stderr.write(f"error: the output cannot be written: {error.strerror}; free space there\n")
-        return EXIT_CODE
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; what is pooled is kept: give the same command to go on\n")
+        kept = "what is pooled is kept: " if given.command == "probe" else ""
+        sys.stderr.write(f"stopped; {kept}give the same command to go on\n")
         return 130
     return 0
 

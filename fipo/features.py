@@ -4,7 +4,7 @@ One pass over the text finds every active code; the rest is counting. Shapes: N 
 active codes, ordered by latent, R rows of text.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fipo.data.harvest import Chunk
+from fipo.pooling import CODES_IN_CACHE
 from fipo.sae import SAE
 
 LARGEST, EVENLY = 6, 4
 """Examples of a latent: texts with its largest codes, and texts evenly spaced over the ranks of all others."""
+MOST_CODES = 2**24
+"""Active codes of an SAE after which no more text is read: 200 MB, and four times that while they are sorted."""
 BEFORE, BEHIND = 14, 8
 """Tokens shown around the one with the largest code."""
 
@@ -97,34 +100,42 @@ class Activity(NamedTuple):
 
 @torch.no_grad()
 def activities(saes: Mapping[str, tuple[SAE, int]], chunks: Iterable[Chunk], most: int) -> dict[str, Activity]:
-    """Active codes of several SAEs on the first `most` tokens of a text, read once; beside each SAE the place of its
-    layer in the chunks."""
+    """Active codes of several SAEs on the first `most` tokens of a text, read once; on fewer where an SAE is so dense
+    that it has MOST_CODES before. Beside each SAE the place of its layer in the chunks."""
     pairs: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in saes}
+    active = dict.fromkeys(saes, 0)
     rows, ids, seen = [], [], 0
-    for chunk in chunks:
-        acts_NLD, row_N, id_N = (part[: most - seen] for part in chunk)
+    for acts_NLD, row_N, id_N in _pieces(
+        chunks, max(64, CODES_IN_CACHE // max(sae.latents for sae, _ in saes.values()))
+    ):
+        count = min(len(id_N), most - seen)
         for name, (sae, place) in saes.items():
-            codes_NF = sae.encode(acts_NLD[:, place].to(sae.dec_FD.device))
+            codes_NF = sae.encode(acts_NLD[:count, place].to(sae.dec_FD.device))
             token_P, latent_P = (codes_NF > 0).nonzero(as_tuple=True)
-            pairs[name].append((codes_NF[token_P, latent_P].cpu(), token_P.cpu() + seen, latent_P.cpu()))
-        rows.append(row_N)
-        ids.append(id_N)
-        seen += len(id_N)
-        if seen == most:
+            found = codes_NF[token_P, latent_P], (token_P + seen).int(), latent_P.int()
+            pairs[name].append(tuple(part_P.cpu() for part_P in found))
+            active[name] += len(token_P)
+        rows.append(row_N[:count])
+        ids.append(id_N[:count])
+        seen += count
+        if seen == most or max(active.values()) >= MOST_CODES:
             break
     begins_N = torch.cat(rows).diff(prepend=torch.tensor([-1])) != 0  # what stands apart is of another row
     text = begins_N.cumsum(0), torch.cat(ids)
-    return {
-        name: _by_latent(*map(torch.cat, zip(*pairs[name], strict=True)), saes[name][0].latents, *text) for name in saes
-    }
+    return {name: _by_latent(pairs.pop(name), sae.latents, *text) for name, (sae, _) in saes.items()}
 
 
-def _by_latent(
-    code_P: Tensor, token_P: Tensor, latent_P: Tensor, latents: int, row_N: Tensor, id_N: Tensor
-) -> Activity:
+def _pieces(chunks: Iterable[Chunk], most: int) -> Iterator[Chunk]:
+    """The chunks in pieces of at most so many tokens."""
+    for chunk in chunks:
+        yield from map(Chunk, *(part.split(most) for part in chunk))
+
+
+def _by_latent(pairs: list[tuple[Tensor, Tensor, Tensor]], latents: int, row_N: Tensor, id_N: Tensor) -> Activity:
     """The same codes, ordered by latent, then token."""
+    code_P, token_P, latent_P = (torch.cat(part) for part in zip(*pairs, strict=True))
     latent_P, order_P = latent_P.sort(stable=True)
-    first_F = torch.searchsorted(latent_P, torch.arange(latents + 1))
+    first_F = torch.searchsorted(latent_P, torch.arange(latents + 1, dtype=torch.int32))
     return Activity(code_P[order_P], token_P[order_P], first_F, row_N, id_N)
 
 

@@ -108,6 +108,12 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
+def touch(path: Path) -> None:
+    """Say that a file of the cache was used now; nobody minds where that cannot be said."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
 def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(
         f"cannot write {path}: {error.strerror or error}; free space or choose another folder, "

@@ -22,7 +22,8 @@ OF_A_PROBE = 5
 IMPORTANT, EVENLY = 24, 24
 """Other latents shown: the most important ones, and some evenly spaced over the ranks of all that are active."""
 
-VISIBLE = dict.fromkeys([*range(32), 127, 0x85, 0x2028, 0x2029], "\u2423") | dict.fromkeys(map(ord, "\n\r"), "\u21b5")
+HIDDEN = (*range(32), *range(127, 160), *range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0xFEFF)
+VISIBLE = dict.fromkeys(HIDDEN, "\u2423") | dict.fromkeys(map(ord, "\n\r"), "\u21b5")
 """What is shown in place of characters that would break a line, or that nobody sees."""
 
 Pieces = Callable[[Sequence[int]], list[str]]

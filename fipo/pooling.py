@@ -24,7 +24,7 @@ from fipo.checkpoint import load_tensors, save_tensors
 from fipo.data.harvest import Chunk
 from fipo.data.store import cache_root
 from fipo.errors import UserError
-from fipo.files import read_json, sha256_json, write_json
+from fipo.files import read_json, sha256_json, touch, write_json
 from fipo.sae import SAE
 from fipo.screen import Pairs
 
@@ -151,8 +151,10 @@ def read_kept(key: Any) -> Tensor | None:
     except UserError:
         return None
     kept = tensors.get("kept")
-    whole = kept is not None and "sha256" in tensors and tensors["sha256"].equal(_digest(kept))
-    return kept if whole else None
+    if kept is None or "sha256" not in tensors or not tensors["sha256"].equal(_digest(kept)):
+        return None
+    touch(place)
+    return kept
 
 
 def keep(key: Any, tensor: Tensor) -> None:
@@ -173,7 +175,9 @@ def numbers_or_read(key: Any, measure: Callable[[], dict[str, float]]) -> dict[s
     """A few numbers that take the model to find, kept beside the pooled texts under their key."""
     place = _place(key, "json")
     try:
-        return {name: float(value) for name, value in read_json(place).items()}
+        numbers = {name: float(value) for name, value in read_json(place).items()}
+        touch(place)
+        return numbers
     except (UserError, AttributeError, TypeError, ValueError):
         numbers = measure()
         write_json(place, numbers)

@@ -3,6 +3,7 @@
 The folders are those that fipo.saved finds.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from fipo.data.lm import LanguageModel
 from fipo.data.prepare import probe_chunks
 from fipo.done import read_done, result_key
 from fipo.evaluate import DatasetScores, Subject, load_subject, probe
-from fipo.features import Activity, activities
+from fipo.features import activities
 from fipo.files import writable, write_json
 from fipo.memory import enough_memory
 from fipo.metrics import max_cosines
@@ -26,8 +27,8 @@ from fipo.saebench import Setting, sparse_probing_record
 from fipo.saved import Saved, file_names, find_saved, load_model
 from fipo.summary import accuracies, extras, outcomes
 
-PAGE_TEXTS, PAGE_TOKENS = 64, 65_536
-"""Texts of every dataset whose tokens a page is of, and tokens at most."""
+PAGE_TOKENS = 65_536
+"""Tokens of the texts that a page is of, at most."""
 TO_LOWER = "the number of SAEs given at once, --train or --test"
 
 
@@ -57,24 +58,29 @@ def run(folders: Sequence[Path], probing: Probing, seed: int, out: Path | None, 
             training_tokens=None,
             commit=origin["git_revision"],
         )
-        active = _activities(missing, data, lm) if missing and out is not None else {}
         for one in saved:
             if one.name in missing:
                 record = {**_record(one, setting, scores[one.name], data), "key": keys[one.name], **origin}
                 records[one.name] = record
                 if out is not None:
-                    _write_page(out / f"{files[one.name]}{PAGE_SUFFIX}", one, record, active[one.name], missing, lm)
                     save_tensors(out / f"{files[one.name]}{OUTCOMES_SUFFIX}", outcomes(scores[one.name]))
                     write_json(out / f"{files[one.name]}{RESULT_SUFFIX}", record)
+        if out is not None:
+            pages = {one.name: out / f"{files[one.name]}{PAGE_SUFFIX}" for one in saved}
+            _write_pages([one for one in saved if not pages[one.name].exists()], pages, records, subjects, data, lm)
         for one in saved:  # once all is on disk: who reads may leave
             report.make_console().print(report.probing_table(one.name, records[one.name], {}, tasks=True))
 
 
 def _done(out: Path, files: dict[str, str], keys: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Name -> result of every SAE whose files are there."""
+    """Name -> result of every SAE whose result and answers are there; one without its latents is of before."""
     found = {name: read_done(out / f"{file}{RESULT_SUFFIX}", keys[name]) for name, file in files.items()}
     whole = {name for name, file in files.items() if (out / f"{file}{OUTCOMES_SUFFIX}").exists()}
-    return {name: record for name, record in found.items() if record is not None and name in whole}
+    return {
+        name: record
+        for name, record in found.items()
+        if record and "eval_result_chosen_latents" in record and name in whole
+    }
 
 
 def _record(
@@ -88,27 +94,38 @@ def _record(
     }
 
 
-def _activities(
-    subjects: Mapping[str, Subject], data: Sequence[LabelledText], lm: LanguageModel
-) -> dict[str, Activity]:
-    """What is active on some texts of every dataset, evenly spaced, hence of all classes."""
-    texts = [text for one in data for text in one.texts[:: -(-len(one.texts) // PAGE_TEXTS)]]
-    saes = {name: (one.sae, lm.layers.index(one.layer)) for name, one in subjects.items()}
-    return activities(saes, probe_chunks(texts, lm), PAGE_TOKENS)
-
-
-def _write_page(
-    file: Path, one: Saved, record: dict[str, Any], active: Activity, subjects: Mapping[str, Subject], lm: LanguageModel
+def _write_pages(
+    saved: Sequence[Saved],
+    pages: dict[str, Path],
+    records: dict[str, dict[str, Any]],
+    subjects: Mapping[str, Subject],
+    data: Sequence[LabelledText],
+    lm: LanguageModel,
 ) -> None:
-    dec_FD = subjects[one.name].sae.dec_FD
-    measures = {
-        "latents": f"{len(dec_FD):,}",
-        "L0": f"{active.rate_F.sum().item():.1f}",
-        "mean max cosine": f"{max_cosines(dec_FD).mean().item():.3f}",
-    }
-    told = page.Subject(f"layer {one.layer}", measures, record, active, dec_FD)
-    about = f"{lm.name}; git revision {record['git_revision']}"
-    page.write(file, one.name, about, "the labelled texts", [told], lm.pieces, None)
+    """The pages of these SAEs, of one pass over some texts of every dataset and class."""
+    if not saved:
+        return
+    each = PAGE_TOKENS // (len(data) * lm.context)
+    texts = [text for one in data for text in some_texts(one, each)]
+    saes = {one.name: (subjects[one.name].sae.to(lm.device), lm.layers.index(one.layer)) for one in saved}
+    active = activities(saes, probe_chunks(texts, lm), PAGE_TOKENS)
+    for one in saved:
+        dec_FD = subjects[one.name].sae.dec_FD
+        measures = {
+            "latents": f"{len(dec_FD):,}",
+            "L0": f"{active[one.name].rate_F.sum().item():.1f}",
+            "mean max cosine": f"{max_cosines(dec_FD).mean().item():.3f}",
+        }
+        record = records[one.name]
+        told = page.Subject(f"layer {one.layer}", measures, record, active[one.name], dec_FD)
+        about = f"{lm.name}; git revision {record['git_revision']}"
+        page.write(pages[one.name], one.name, about, "the labelled texts", [told], lm.pieces, None)
+
+
+def some_texts(data: LabelledText, count: int) -> list[str]:
+    """The first training texts of every class, one a class in turn: `count` of them, or one of each class."""
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*data.train.values()))
+    return [text for text in in_turn if text is not None][: max(count, len(data.train))]
 
 
 def _training_tokens(run: dict[str, Any]) -> int | None:

@@ -2,21 +2,20 @@
 
 import errno
 import os
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from fipo import cli
+from fipo import cache, cli
 from fipo.cache import entries
 from fipo.checkpoint import save_tensors
 from fipo.data.harvest import Chunk
 from fipo.data.store import MANIFEST, lock_of, open_or_harvest
 from fipo.files import read_json, write_json
 from fipo.lock import locked
-from fipo.pooling import numbers_or_read
+from fipo.pooling import keep, numbers_or_read, read_kept
 
 KEY = {"model": "a" * 64, "layers": [1, 3], "context": 128, "dtype": "torch.float32"}
 
@@ -50,7 +49,12 @@ def test_list(filled, capsys, own_cache):
         assert f"25 tokens of {words}; layers 1, 3, context 128, float32, model aaaaaaaa" in line
     (line,) = [line for line in out.splitlines() if filled["old"].name[:12] in line]
     assert "unreadable" in line
-    assert "1 files of pooled" in out and "in 5 entries" in out and "mine" not in out and str(own_cache) in out
+    assert (
+        "pooled texts and measures, 1 files" in out
+        and "in 5 entries" in out
+        and "mine" not in out
+        and str(own_cache) in out
+    )
 
 
 @pytest.mark.usefixtures("filled")
@@ -82,20 +86,20 @@ def test_remove_by_name_unreadable_and_all(filled, capsys, own_cache):
     assert "in 0 entries" in listed(capsys, "--remove", "all", "unreadable")
 
 
-@pytest.mark.parametrize("name", ["", "mine", "0" * 32, "../mine", "."])
+@pytest.mark.parametrize("name", ["", "mine", "0" * 32, "../mine", ".", "p", "pool", "{short}"])
 def test_a_name_that_is_none_of_the_entries(filled, capsys, name):
+    name = name.format(short=filled["first"].name[:7])
     assert cli.main(["cache", "--remove", filled["next"].name, name]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "is no entry of" in error
     assert filled["next"].exists(), "nothing was removed"
 
 
-@pytest.mark.usefixtures("own_cache")
 def test_two_entries_that_begin_alike(capsys):
     folder = make()
     twin = folder.with_name(folder.name[:-1] + ("0" if folder.name[-1] != "0" else "1"))
     twin.mkdir()
-    assert cli.main(["cache", "--remove", folder.name[:5]]) == 2
+    assert cli.main(["cache", "--remove", folder.name[:20]]) == 2
     assert "is 2 entries of" in capsys.readouterr().err and folder.exists() and twin.exists()
     assert cli.main(["cache", "--remove", folder.name]) == 0 and not folder.exists() and twin.exists()
 
@@ -112,11 +116,104 @@ def test_a_cache_that_is_not_there(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
-def test_output_onto_a_full_disk_is_one_line():
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "fipo.cli", "cache"], stdout=full, stderr=subprocess.PIPE)
-    assert done.returncode == 2
-    assert (
-        done.stderr.decode() == f"error: the output cannot be written: {os.strerror(errno.ENOSPC)}; free space there\n"
-    )
+def test_what_was_freed_is_said(capsys):
+    folder = make()
+    (folder / "more").write_bytes(bytes(2_500_000))
+    assert "1 entries; 2.5 MB freed" not in listed(capsys)
+    assert "in 0 entries; 2.5 MB freed" in listed(capsys, "--remove", folder.name, "all", "all"), "counted once"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            [],
+            "text",
+            5,
+            None,
+            {"layers": 5},
+            {"rows": [1]},
+            {"rows": "other"},
+            {"model": "[/foo]", "layers": ["[/x]"]},
+        ),
+        {"context": "\x1b[31m\n\udcff"},
+    ],
+)
+def test_a_manifest_that_says_anything_is_listed_and_can_go(key, capsys):
+    folder, other = make(), make(rows="next")
+    write_json(folder / MANIFEST, read_json(folder / MANIFEST) | {"key": key})
+    out = listed(capsys)
+    assert folder.name[:12] in out and "training text" in out and "\x1b" not in out and "\udcff" not in out
+    assert "in 1 entries" in listed(capsys, "--remove", folder.name) and other.exists() and not folder.exists()
+
+
+def test_a_name_of_the_cache_that_looks_like_markup(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FIPO_CACHE", str(tmp_path / "c[/bold][red]3"))
+    make()
+    assert "c[/bold][red]3" in listed(capsys)
+
+
+def test_what_a_killed_harvest_left_is_listed_and_can_go(own_cache, capsys):
+    left = own_cache / f".{'a' * 32}.999999.tmp"
+    left.mkdir()
+    (left / "shard_00000.safetensors").write_bytes(bytes(3_000_000))
+    assert "3.0 MB" in (out := listed(capsys)) and "unreadable: not finished" in out and "aaaaaaaaaaaa" in out
+    with locked(own_cache / f".{'a' * 32}.lock"):
+        assert cli.main(["cache", "--remove", "unreadable"]) == 2, "it is being made"
+    assert left.exists() and "another process" in capsys.readouterr().err
+    assert "3.0 MB freed" in listed(capsys, "--remove", "unreadable") and not left.exists()
+
+
+def test_of_a_link_goes_what_it_leads_to(tmp_path, capsys):
+    folder = make()
+    elsewhere = folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(elsewhere)
+    assert folder.name[:12] in listed(capsys)
+    assert "in 0 entries" in listed(capsys, "--remove", folder.name)
+    assert not os.path.lexists(folder) and not elsewhere.exists()
+
+
+def test_the_manifest_goes_first(monkeypatch):
+    folder, seen = make(), []
+    monkeypatch.setattr(cache, "remove", lambda path: seen.append(path))
+    assert cli.main(["cache", "--remove", "all"]) == 2, "and what is still there is said"
+    assert seen == [folder / MANIFEST, folder]
+
+
+def test_pooled_texts_that_are_read_are_used(own_cache):
+    keep("key", torch.ones(3))
+    numbers_or_read("other key", lambda: {"l0": 3.0})
+    for read in (lambda: read_kept("key"), lambda: numbers_or_read("other key", dict)):
+        for file in (own_cache / "pooled").iterdir():
+            os.utime(file, (1000, 1000))
+        assert entries(own_cache)[0].used == 1000
+        assert read() is not None
+        assert entries(own_cache)[0].used > 1e9
+
+
+def test_files_that_go_away_meanwhile_are_left_out(filled, own_cache, monkeypatch):
+    original = Path.stat
+
+    def stat(path, **given):
+        if path.name.startswith("shard"):
+            raise FileNotFoundError(path)
+        return original(path, **given)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    sizes = {entry.folder: entry.size for entry in entries(own_cache)}
+    assert 0 < sizes[filled["next"]] < 2000, "the manifest alone"
+
+
+def test_ctrl_c_speaks_of_pooled_texts_only_where_there_are_any(monkeypatch, capsys):
+    monkeypatch.setattr(cache, "entries", lambda _root: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["cache"]) == 130 and "pooled" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), OSError(errno.ENOSPC, "full", "/some/file")])
+def test_other_troubles_with_files_keep_their_traceback(error, monkeypatch):
+    def run(_names):
+        raise error
+
+    monkeypatch.setattr(cache, "run", run)
+    with pytest.raises(OSError, match="broken|full"):
+        cli.main(["cache"])

@@ -1,5 +1,6 @@
 """The command `fipo`: probing saved SAEs end to end, comparing results, and one line for every mistake."""
 
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from fipo.data.prepare import probe_chunks
 from fipo.data.store import cache_root
 from fipo.errors import UserError
 from fipo.export import load_sae, save_sae
+from fipo.metrics import max_cosines
+from fipo.probe_job import some_texts
 from fipo.sae import SAE
 from fipo.sae_probes_suite import SuiteDataset
 from fipo.saved import find_saved
@@ -74,27 +77,58 @@ def test_probes_runs_and_single_saes_in_one_go(saved, labelled_folders, capsys):
     assert right_TM.dtype == torch.bool and mean == pytest.approx(right_TM.double().mean().item())
 
 
-@pytest.mark.parametrize("most", [1000, 45])
-def test_the_page_is_of_the_sae_and_of_texts_of_all_classes(
-    most, saved, labelled_folders, capsys, load_lm, monkeypatch
-):
-    monkeypatch.setattr(probe_job, "PAGE_TEXTS", most)
+def test_the_page_is_of_the_sae_and_of_texts_of_all_classes(saved, labelled_folders, capsys, load_lm, monkeypatch):
+    asked = []
+    monkeypatch.setattr(probe_job, "some_texts", lambda data, count: asked.append(count) or some_texts(data, 24))
     probe(capsys, [saved / "run_3", saved / "other"], labelled_folders, "--out", saved / "out")
+    assert asked == 2 * [65_536 // (2 * 16)], "datasets and tokens a text"
     lm, probing = load_lm("bert"), Probing(datasets=("x",), train_per_class=20, test_per_class=10)
     for name, folder in (("run_3_layer_1", "run_3/layer_1"), ("other", "other")):
         record = json.loads((saved / "out" / f"{name}_eval_results.json").read_text())
         page = (saved / "out" / f"{name}_features.html").read_text(encoding="utf-8")
         text = re.sub("<[^>]*>", "", page)
         assert all(any(word in text for word in words) for words in tiny.TOPICS.values())
-        texts = [t for one in labelled_folders for t in load_labelled(str(one), probing, 42).texts[:: 1 + (most < 90)]]
+        texts = [t for one in labelled_folders for t in some_texts(load_labelled(str(one), probing, 42), 24)]
         acts_ND = torch.cat([chunk.acts_NLD[:, 1] for chunk in probe_chunks(texts, lm)])
         assert f"on {len(acts_ND):,} tokens of the labelled texts" in page
+        sae = load_sae(saved / folder)
         with torch.no_grad():
-            rates = (load_sae(saved / folder).encode(acts_ND) > 0).double().mean(0).tolist()
+            rates = (sae.encode(acts_ND) > 0).double().mean(0).tolist()
         told = dict(re.findall(r'id="sae-1-(\d+)">.*?active on ([\d.e+]+) %', page, flags=re.DOTALL))
         chosen = record["eval_result_chosen_latents"]["topics"]["sport"]["latents"]
         assert {str(latent) for latent in chosen} <= told.keys()
         assert all(float(rate) == pytest.approx(100 * rates[int(n)], rel=0.05) for n, rate in told.items())
+        assert f'<td class="n">{sum(rates):.1f}</td><td class="n">{max_cosines(sae.dec_FD).mean():.3f}</td>' in page
+
+
+def test_some_texts_are_of_all_classes_in_turn(labelled_folders):
+    data = load_labelled(str(labelled_folders[0]), Probing(datasets=("x",), train_per_class=20, test_per_class=10), 42)
+    uneven = dataclasses.replace(data, train={"a": ["a1", "a2", "a3"], "b": ["b1"], "c": ["c1", "c2"]})
+    assert some_texts(uneven, 5) == ["a1", "b1", "c1", "a2", "c2"]
+    assert some_texts(uneven, 0) == ["a1", "b1", "c1"], "one of each at least"
+    assert len(some_texts(uneven, 100)) == 6
+
+
+def test_a_page_that_fails_takes_no_result_along_and_is_made_later(saved, labelled_folders, capsys, monkeypatch):
+    out = saved / "out"
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no page"):
+        patch.setattr(probe_job.page, "write", lambda *_: (_ for _ in ()).throw(ValueError("no page")))
+        probe(capsys, [saved / "run_3"], labelled_folders, "--out", out)
+    assert {file.suffix for file in out.iterdir()} == {".json", ".safetensors"}
+    written = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    monkeypatch.setattr(probe_job, "probe", None)  # would be called to probe again
+    assert probe(capsys, [saved / "run_3"], labelled_folders, "--out", out)[0] == 0
+    assert len(list(out.glob("*.html"))) == 2 and all(file.stat().st_mtime_ns == t for file, t in written.items())
+
+
+def test_a_result_of_before_pages_is_made_anew(saved, labelled_folders, capsys):
+    probe(capsys, [saved / "other"], labelled_folders, "--out", saved / "out")
+    file = saved / "out" / "other_eval_results.json"
+    record = json.loads(file.read_text())
+    del record["eval_result_chosen_latents"]
+    file.write_text(json.dumps(record))
+    assert probe(capsys, [saved / "other"], labelled_folders, "--out", saved / "out")[0] == 0
+    assert "eval_result_chosen_latents" in json.loads(file.read_text())
 
 
 def test_the_same_command_gives_the_same_numbers(saved, labelled_folders, capsys):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from toys import seeded
 
+from fipo import features
 from fipo.data.harvest import Chunk
 from fipo.features import BEFORE, BEHIND, EVENLY, LARGEST, activities, nearest
 from fipo.sae import SAE
@@ -72,6 +73,23 @@ def test_several_saes_in_one_pass(sae, text):
     both = activities({"a": (sae, 1), "b": (other, 0)}, iter(pieces(text, 64)), 10_000)
     for name, one, place in (("a", sae, 1), ("b", other, 0)):
         assert all(map(torch.equal, both[name], activity(one, pieces(text, 64), place)))
+
+
+def test_a_dense_sae_ends_the_text_early_for_all(sae, text, monkeypatch):
+    """Which takes no more memory than the codes it may have."""
+    whole = activity(sae, pieces(text, 50), 0)
+    monkeypatch.setattr(features, "MOST_CODES", 100)
+    both = activities({"a": (sae, 0), "b": (sae, 1)}, pieces(text, 50), 10_000)
+    assert both["a"].tokens == both["b"].tokens < whole.tokens
+    assert 100 <= max(len(one.code_P) for one in both.values()) < 100 + 50 * LATENTS
+
+
+def test_wide_codes_are_made_in_pieces(sae, text, monkeypatch):
+    seen, original = [], SAE.encode
+    monkeypatch.setattr(SAE, "encode", lambda self, acts_BD: seen.append(len(acts_BD)) or original(self, acts_BD))
+    monkeypatch.setattr(features, "CODES_IN_CACHE", 70 * LATENTS)
+    found = activity(sae, [text], 0)
+    assert set(seen[:-1]) == {70} and sum(seen) == found.tokens
 
 
 def test_examples_are_of_the_largest_rows_and_evenly_of_the_rest(sae, text):

@@ -150,6 +150,13 @@ def test_pieces_of_a_tokeniser_that_falls_back_to_bytes():
     characters = ["a", " ", "", "", "\u2603", "b", "", "", "", "\U0001f9a3", "", "", "", "\U0001f9a3"]
     assert LanguageModel.pieces(fast, ids) == characters
     assert LanguageModel.pieces(fast, ids[:-2]) == characters[:-2], "cut within a character"
+    for begin, broken in ((3, 2), (4, 1), (7, 3), (8, 2)):
+        rest = ["\ufffd"] * broken + characters[begin + broken :]
+        assert LanguageModel.pieces(fast, ids[begin:]) == rest, "begun within a character"
+    spoilt = [*ids[:5], *ids[2:4], ids[0], *ids[2:6]]  # whole, then a part of one, a letter, whole
+    assert LanguageModel.pieces(fast, spoilt) == ["a", " ", "", "", "\u2603", "", "", "a", "", "", "\u2603", "b"]
+    torn = [*ids[:4], *ids[:6]]  # bytes that never become a character
+    assert LanguageModel.pieces(fast, torn)[-4:] == ["", "", "\u2603", "b"]
 
 
 def test_dtype_and_width(load_lm):

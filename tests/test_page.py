@@ -117,6 +117,23 @@ def test_latents_stand_in_two_groups_by_importance(tmp_path):
         assert mean_F[group].tolist() == sorted(mean_F[group].tolist(), reverse=True)
 
 
+def test_what_is_said_of_a_latent(tmp_path):
+    """Rank and importance by brute force; the neighbour is a link where it is shown."""
+    write(tmp_path, {"sport": [3, 20]}, count=1)
+    content = (tmp_path / "page.html").read_text(encoding="utf-8")
+    mean_F = activity().mean_F
+    articles = re.findall(r'<article id="sae-1-(\d+)">(.*?)</article>', content, flags=re.DOTALL)
+    shown, links = {number for number, _ in articles}, 0
+    for number, article in articles:
+        rank, importance = re.search(r"rank ([\d,]+), importance ([\d.e+-]+),", article).groups()
+        assert int(rank) == 1 + int((mean_F > mean_F[int(number)]).sum())
+        assert float(importance) == pytest.approx(float(mean_F[int(number)]), rel=0.01)
+        link, near = re.search(r'nearest: (<a href="#sae-1-\d+">)?(\d+)', article).groups()
+        assert bool(link) == (near in shown)
+        links += bool(link)
+    assert 0 < links < len(articles)
+
+
 def test_nothing_of_the_text_becomes_a_tag(tmp_path):
     reader = write(tmp_path, {HOSTILE: [1]}, dataset=f"a/{HOSTILE}")
     assert "script" not in reader.tags

@@ -19,6 +19,8 @@ from fipo.data.trial import check_reading
 from fipo.errors import UserError
 from fipo.files import sha256_file, sha256_json
 
+BROKEN, LONGEST_CHARACTER = "\ufffd", 4
+"""What stands for a character that is not whole, and the most bytes, hence tokens, that make one."""
 WEIGHTS_AND_TOKENISER = ["*.safetensors", "*.json", "tokenizer*", "*.model", "vocab*", "merges*"]
 
 
@@ -187,13 +189,25 @@ class LanguageModel:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """What each of these tokens adds to the text of all. A character that several make together is the last one's;
-        a character that is not whole at the end is nobody's."""
-        pieces, text = [], ""
-        for count in range(1, len(ids) + 1):
-            longer = self.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False).rstrip("\ufffd")
-            grown = longer.startswith(text)  # byte fallback takes back what it had while a character is not whole
-            pieces.append(longer.removeprefix(text) if grown else "")
-            text = longer if grown else text
+        one that is not whole at the end is nobody's, and tokens of one that began before are U+FFFD each."""
+
+        def decode(tokens: Sequence[int]) -> str:
+            return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+
+        def begins_whole(start: int) -> bool:
+            return any(BROKEN not in decode(ids[start : start + count]) for count in range(1, LONGEST_CHARACTER + 1))
+
+        start = next((start for start in range(min(LONGEST_CHARACTER, len(ids))) if begins_whole(start)), 0)
+        pieces, text = [BROKEN] * start, ""
+        for end in range(start + 1, len(ids) + 1):
+            longer = decode(ids[start:end])
+            whole = longer.rstrip(BROKEN)
+            if whole.startswith(text):
+                pieces.append(whole.removeprefix(text))
+                text = whole
+            else:  # byte fallback takes back what it had while a character is not whole
+                pieces.append("" if longer != whole else decode(ids[end - 1 : end]))
+                text = text if longer != whole else whole
         return pieces
 
     @torch.inference_mode()

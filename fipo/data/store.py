@@ -19,7 +19,7 @@ from torch import Tensor
 from fipo.checkpoint import load_tensors, write_tensors
 from fipo.data.harvest import Chunk
 from fipo.errors import UserError
-from fipo.files import TEMPORARY, read_json, remove, replacing_folder, sha256_file, sha256_json, write_json
+from fipo.files import TEMPORARY, read_json, remove, replacing_folder, sha256_file, sha256_json, touch, write_json
 from fipo.lock import locked
 from fipo.progress import say
 
@@ -145,8 +145,7 @@ def _find(folder: Path, key: dict[str, Any]) -> ActivationStore | None:
         return None
     if store.manifest["key"] != key:
         return None
-    with contextlib.suppress(OSError):
-        os.utime(folder / MANIFEST)  # when it was last used
+    touch(folder / MANIFEST)
     return store
 
 
