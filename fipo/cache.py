@@ -45,11 +45,6 @@ class Entry(NamedTuple):
         """What it is called in the list."""
         return self.folder.name.lstrip(".")
 
-    @property
-    def lock(self) -> Path:
-        """The file that is locked while this is made or removed."""
-        return lock_of(self.folder.with_name(self.name.partition(".")[0]))
-
 
 def entries(root: Path) -> list[Entry]:
     """All that lies in the cache, what was used last first."""
@@ -108,7 +103,7 @@ def _chosen(name: str, found: Sequence[Entry]) -> list[Entry]:
 def _remove(entry: Entry) -> None:
     """The manifest goes first: what is left of an interrupted removal is no store any more. Of a link, what it leads
     to."""
-    with locked(entry.lock):
+    with locked(lock_of(entry.folder)):
         remove(entry.folder / MANIFEST)
         remove(entry.folder.resolve())
         if entry.folder.is_symlink():

@@ -127,23 +127,6 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_compare)
 
 
-def _add_cache(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--remove",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="entries by the names listed, `unreadable` (of other versions, or damaged) or `all`",
-    )
-    parser.set_defaults(run=_cache)
-
-
-def _cache(given: argparse.Namespace) -> None:
-    from fipo import cache
-
-    cache.run(given.remove)
-
-
 def _compare(given: argparse.Namespace) -> None:
     from fipo import compare, pareto, suite_table
 
@@ -165,6 +148,23 @@ def _compare(given: argparse.Namespace) -> None:
             raise UserError("--picture needs run folders or results of benchmarks/ground_truth.py; none was given")
         pareto.draw_pareto(points, given.picture)
     sys.stdout.write("".join(tables))
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--remove",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="entries by the names listed, `unreadable` (of other versions, or damaged) or `all`",
+    )
+    parser.set_defaults(run=_cache)
+
+
+def _cache(given: argparse.Namespace) -> None:
+    from fipo import cache
+
+    cache.run(given.remove)
 
 
 if __name__ == "__main__":

@@ -19,18 +19,12 @@ from torch import Tensor
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
 from fipo.finished import Result, read_all
-from fipo.names import CONTROLS, KINDS, bases, renamed, suite_names, with_sparsity
+from fipo.names import CONTROLS, KINDS, MEASURES, bases, renamed, suite_names, with_sparsity
 from fipo.pareto import Point
 from fipo.randomness import generator_for
 from fipo.saebench import metric_name, overall_metrics
 from fipo.uncertainty import Answers, Interval, bootstrap, joined
 
-COLUMNS = {
-    "FVU": ("held_out_fvu", "{:.3f}"),
-    "L0": ("held_out_l0", "{:.1f}"),
-    "dead": ("dead_share", "{:.2%}"),
-    "mean max cosine": ("mean_max_cosine", "{:.3f}"),
-}
 SHOWN_KS = (1, 5)
 TIMED = ("harvest", "training")
 TIMES_NOTE = (
@@ -100,7 +94,7 @@ def table(results: Sequence[Result], ks: Sequence[int]) -> str:
     probed = {f"{title} top-{k}": (metric_name(who, k), "{:.3f}") for k in ks for who, title in KINDS.items()}
     shown = {
         title: column
-        for title, column in (COLUMNS | probed).items()
+        for title, column in (MEASURES | probed).items()
         if any(column[0] in r for of in groups.values() for r in of)
     }
     lines = [f"| workload | run | layer | {' | '.join(shown)} |", "|---" * (3 + len(shown)) + "|"]

@@ -4,21 +4,21 @@ One pass over the text finds every active code; the rest is counting. Shapes: N 
 active codes, ordered by latent, R rows of text.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from fipo.data.harvest import Chunk
-from fipo.pooling import CODES_IN_CACHE
+from fipo.pooling import pieces
 from fipo.sae import SAE
 
 LARGEST, EVENLY = 6, 4
 """Examples of a latent: texts with its largest codes, and texts evenly spaced over the ranks of all others."""
-MOST_CODES = 2**24
-"""Active codes of an SAE after which no more text is read: 200 MB, and four times that while they are sorted."""
+MOST_TOKENS, MOST_CODES = 65_536, 2**24
+"""Tokens of a text that are read, and active codes of an SAE after which no more are: 200 MB, and four times that while
+they are sorted."""
 BEFORE, BEHIND = 14, 8
 """Tokens shown around the one with the largest code."""
 
@@ -99,18 +99,19 @@ class Activity(NamedTuple):
 
 
 @torch.no_grad()
-def activities(saes: Mapping[str, tuple[SAE, int]], chunks: Iterable[Chunk], most: int) -> dict[str, Activity]:
+def activities(
+    saes: Mapping[str, tuple[SAE, int]], chunks: Iterable[Chunk], most: int = MOST_TOKENS
+) -> dict[str, Activity]:
     """Active codes of several SAEs on the first `most` tokens of a text, read once; on fewer where an SAE is so dense
     that it has MOST_CODES before. Beside each SAE the place of its layer in the chunks."""
     pairs: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in saes}
     active = dict.fromkeys(saes, 0)
     rows, ids, seen = [], [], 0
-    for acts_NLD, row_N, id_N in _pieces(
-        chunks, max(64, CODES_IN_CACHE // max(sae.latents for sae, _ in saes.values()))
-    ):
+    widest, device = max(sae.latents for sae, _ in saes.values()), next(iter(saes.values()))[0].dec_FD.device
+    for acts_NLD, row_N, id_N in pieces(chunks, widest, device.type):
         count = min(len(id_N), most - seen)
         for name, (sae, place) in saes.items():
-            codes_NF = sae.encode(acts_NLD[:count, place].to(sae.dec_FD.device))
+            codes_NF = sae.encode(acts_NLD[:count, place].to(device))
             token_P, latent_P = (codes_NF > 0).nonzero(as_tuple=True)
             found = codes_NF[token_P, latent_P], (token_P + seen).int(), latent_P.int()
             pairs[name].append(tuple(part_P.cpu() for part_P in found))
@@ -125,26 +126,9 @@ def activities(saes: Mapping[str, tuple[SAE, int]], chunks: Iterable[Chunk], mos
     return {name: _by_latent(pairs.pop(name), sae.latents, *text) for name, (sae, _) in saes.items()}
 
 
-def _pieces(chunks: Iterable[Chunk], most: int) -> Iterator[Chunk]:
-    """The chunks in pieces of at most so many tokens."""
-    for chunk in chunks:
-        yield from map(Chunk, *(part.split(most) for part in chunk))
-
-
 def _by_latent(pairs: list[tuple[Tensor, Tensor, Tensor]], latents: int, row_N: Tensor, id_N: Tensor) -> Activity:
     """The same codes, ordered by latent, then token."""
     code_P, token_P, latent_P = (torch.cat(part) for part in zip(*pairs, strict=True))
     latent_P, order_P = latent_P.sort(stable=True)
     first_F = torch.searchsorted(latent_P, torch.arange(latents + 1, dtype=torch.int32))
     return Activity(code_P[order_P], token_P[order_P], first_F, row_N, id_N)
-
-
-@torch.no_grad()
-def nearest(dec_FD: Tensor, latents: Sequence[int]) -> tuple[list[int], list[float]]:
-    """Of every one of these latents the other one whose decoder row is most similar, and their cosine (-inf where there
-    is no other)."""
-    unit_FD = normalize(dec_FD, dim=1)
-    cos_CF = unit_FD[list(latents)] @ unit_FD.T
-    cos_CF[torch.arange(len(latents)), list(latents)] = -torch.inf
-    cosine_C, latent_C = cos_CF.max(1)
-    return latent_C.tolist(), cosine_C.tolist()

@@ -46,10 +46,6 @@ PICTURE, PAGE = "training.png", "features.html"
 TO_LOWER = "workload.context, workload.latents or workload.probing.train_per_class"
 
 
-CHUNK_TOKENS, PAGE_TOKENS = 2048, 65_536
-"""Held-out tokens encoded at a time for the page, and at most."""
-
-
 class Phases:
     """Wall-clock seconds by phase."""
 
@@ -209,11 +205,12 @@ def show(
     """The page to look at: scores, concepts, and what the SAEs' latents respond to in held-out text."""
     workload = config.workload
     saes = {name: (one.sae, lm.layers.index(one.layer)) for name, one in subjects.items()}
-    found = activities(saes, held_out.chunks(CHUNK_TOKENS), PAGE_TOKENS)
-    shown = [
-        page.Subject(f"layer {n}", told(info), info, found[f"layer_{n}"], subjects[f"layer_{n}"].sae.dec_FD)
-        for n, info in layers.items()
-    ]
+    found = activities(saes, held_out.chunks(2048))
+    shown = []
+    for n, info in layers.items():
+        measured = report.measures(info)
+        told = {"latents": f"{info['dict_size']:,}", "L0": measured.pop("L0"), **measured}
+        shown.append(page.Subject(f"layer {n}", told, info, found[f"layer_{n}"], subjects[f"layer_{n}"].sae.dec_FD))
     page.write(
         out_dir / PAGE,
         f"{config.run}, {workload.name}, seed {config.seed}",
@@ -223,17 +220,6 @@ def show(
         lm.pieces,
         out_dir / PICTURE,
     )
-
-
-def told(info: dict[str, Any]) -> dict[str, str]:
-    """The held-out measures of a layer in words."""
-    return {
-        "latents": f"{info['dict_size']:,}",
-        "L0": f"{info['held_out_l0']:.1f}",
-        "FVU": f"{info['held_out_fvu']:.3f}",
-        "dead": f"{info['dead_share']:.2%}",
-        "mean max cosine": f"{info['mean_max_cosine']:.3f}",
-    }
 
 
 def finish(

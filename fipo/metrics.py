@@ -7,7 +7,7 @@
 Shapes: B tokens, D model width, F latents, N rows of a chunk.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,14 +66,25 @@ def quality(sae: SAE, batches: Iterable[Tensor]) -> Quality:
 @torch.no_grad()
 def max_cosines(dec_FD: Tensor, rows: int = 4096, chunk: int = 1024) -> Tensor:
     """The largest cosine of a latent with another one, [N]; for at most `rows` latents, evenly spaced, against all."""
-    unit_FD = normalize(dec_FD, dim=1)
-    latents = unit_FD.shape[0]
+    latents = dec_FD.shape[0]
     if latents < 2:
         return torch.zeros(latents, device=dec_FD.device)
     chosen_N = torch.linspace(0, latents - 1, min(rows, latents), device=dec_FD.device).round().long()
-    largest = []
-    for part_N in chosen_N.split(chunk):
+    return torch.cat([cos_NF.amax(1) for cos_NF in _with_others(dec_FD, chosen_N, chunk)])
+
+
+@torch.no_grad()
+def nearest(dec_FD: Tensor, latents: Sequence[int]) -> tuple[list[int], list[float]]:
+    """Of every one of these latents the other one whose decoder row is most similar, and their cosine (-inf where there
+    is no other)."""
+    found = [cos_NF.max(1) for cos_NF in _with_others(dec_FD, torch.tensor(latents, device=dec_FD.device))]
+    return [n for one in found for n in one.indices.tolist()], [cos for one in found for cos in one.values.tolist()]
+
+
+def _with_others(dec_FD: Tensor, latents_N: Tensor, chunk: int = 1024) -> Iterator[Tensor]:
+    """Cosines of these latents with all, [<= chunk, F] at a time; -inf with themselves."""
+    unit_FD = normalize(dec_FD, dim=1)
+    for part_N in latents_N.split(chunk):
         cos_NF = unit_FD[part_N] @ unit_FD.T
-        cos_NF[torch.arange(part_N.shape[0], device=dec_FD.device), part_N] = -1.0
-        largest.append(cos_NF.amax(1))
-    return torch.cat(largest)
+        cos_NF[torch.arange(part_N.shape[0], device=dec_FD.device), part_N] = -torch.inf
+        yield cos_NF

@@ -20,6 +20,13 @@ SHOWN = 2
 """Values added to a name, at most, while these are enough."""
 KINDS = {"sae": "SAE", "llm": "LLM", "pca": "PCA", "random": "random"}
 """What is probed, and its short name in tables, in the order of a cell."""
+MEASURES = {
+    "FVU": ("held_out_fvu", "{:.3f}"),
+    "L0": ("held_out_l0", "{:.1f}"),
+    "dead": ("dead_share", "{:.2%}"),
+    "mean max cosine": ("mean_max_cosine", "{:.3f}"),
+}
+"""What is measured of an SAE beside probing, by its name in tables: the record's key, and how its number is written."""
 CONTROLS = {"llm": "channels of the model", "pca": "principal components", "random": "random SAE"}
 """What SAEs are measured against, and how tables and pictures name it."""
 MEASURED_WITH = {

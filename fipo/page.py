@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fipo.features import Activity, Example, nearest
+from fipo.data.lm import BROKEN
+from fipo.features import Activity, Example
 from fipo.files import replacing
+from fipo.metrics import nearest
 from fipo.names import CONTROLS
+from fipo.report import margin_text
 from fipo.saebench import dataset_metrics, metric_name, overall_metrics
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -63,16 +66,15 @@ def write(
 
 def others(mean_F: Tensor) -> list[int]:
     """Latents that are shown whatever the probes took, given the importance of all; none that is never active."""
-    rank_F = mean_F.argsort(descending=True, stable=True)
-    rank_A = rank_F[: int((mean_F > 0).sum())]
-    evenly = torch.linspace(0, len(rank_A) - 1, EVENLY).round().long() if len(rank_A) else []
-    return [*rank_A[:IMPORTANT].tolist(), *rank_A[evenly].tolist()]
+    order_N = mean_F.argsort(descending=True, stable=True)[: int((mean_F > 0).sum())]
+    evenly = torch.linspace(0, len(order_N) - 1, EVENLY).round().long() if len(order_N) else []
+    return [*order_N[:IMPORTANT].tolist(), *order_N[evenly].tolist()]
 
 
 def _told(one: Subject, pieces: Pieces) -> dict[str, Any]:
-    tasks = _tasks(one.record)
+    tasks, mean_F = _tasks(one.record), one.activity.mean_F
     probed = {latent for task in tasks for latent, _ in task["latents"]}
-    latents = _latents(one, probed.union(others(one.activity.mean_F)), tasks, pieces)
+    latents = _latents(one, mean_F, probed.union(others(mean_F)), tasks, pieces)
     return {
         "name": one.name,
         "measures": one.measures,
@@ -96,7 +98,7 @@ def _scores(record: dict[str, Any]) -> list[dict[str, Any]]:
             "k": k,
             "sae": means[metric_name("sae", k)],
             "controls": [means[metric_name(who, k)] for who in CONTROLS],
-            "margin": margins[f"top_{k}"],
+            "margin": margin_text(margins[f"top_{k}"]),
         }
         for k in record["eval_config"]["k_values"]
     ]
@@ -115,9 +117,11 @@ def _tasks(record: dict[str, Any]) -> list[dict[str, Any]]:
     return tasks
 
 
-def _latents(one: Subject, wanted: set[int], tasks: list[dict[str, Any]], pieces: Pieces) -> list[dict[str, Any]]:
+def _latents(
+    one: Subject, mean_F: Tensor, wanted: set[int], tasks: list[dict[str, Any]], pieces: Pieces
+) -> list[dict[str, Any]]:
     """All that is told of the wanted latents, by importance."""
-    rate_F, mean_F = one.activity.rate_F, one.activity.mean_F
+    rate_F = one.activity.rate_F
     order_F = mean_F.argsort(descending=True, stable=True)
     rank_F = order_F.argsort()
     latents = [latent for latent in order_F.tolist() if latent in wanted]
@@ -155,5 +159,5 @@ def _example(example: Example, largest: float, pieces: Pieces) -> dict[str, Any]
             told.append((text.translate(VISIBLE), share))
             share = 0.0
     if share:
-        told.append(("\ufffd", share))
+        told.append((BROKEN, share))
     return {"largest": example.largest, "pieces": told}

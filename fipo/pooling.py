@@ -65,12 +65,12 @@ def pool(
     `layers` names the second axis of the chunks. With `bfloat16` the maps are expected to round their own arithmetic.
     `widest`: width that sets how many tokens are encoded at a time, where it is not that of these maps.
     """
-    most = max(64, CODES_IN_CACHE // (widest or max(one.width for one in maps)))
+    widest = widest or max(one.width for one in maps)
     low = precision == "bfloat16"
     sums = [torch.zeros(texts, one.width, device=device) for one in maps]
     counts = [torch.zeros(texts, device=device) for _ in layers]
     tokens_N = torch.zeros(texts, dtype=torch.int64)
-    for acts_BLD, text_B in _pieces(chunks, most if device == "cpu" else None):
+    for acts_BLD, text_B, _ in pieces(chunks, widest, device):
         owners, sizes = text_B.unique_consecutive(return_counts=True)
         starts, rows_B = (sizes.cumsum(0) - sizes).to(device), torch.arange(len(text_B), device=device)
         tokens_N.index_add_(0, owners, sizes)
@@ -99,11 +99,13 @@ def pool(
     return [mean_NF.float().cpu() for mean_NF in means]
 
 
-def _pieces(chunks: Iterable[Chunk], most: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Activations and texts in pieces of at most so many tokens; a text may end up in two of them."""
+def pieces(chunks: Iterable[Chunk], widest: int, device: str) -> Iterator[Chunk]:
+    """On a CPU the chunks in pieces whose codes, of `widest` features, stay in its cache; elsewhere whole. A text may
+    end up in two of them."""
+    most = max(64, CODES_IN_CACHE // widest)
     for chunk in chunks:
-        size = most or max(1, len(chunk.text_N))
-        yield from zip(chunk.acts_NLD.split(size), chunk.text_N.split(size), strict=True)
+        size = most if device == "cpu" else max(1, len(chunk.text_N))
+        yield from map(Chunk, *(part.split(size) for part in chunk))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from fipo.data.lm import LanguageModel
 from fipo.data.prepare import probe_chunks
 from fipo.done import read_done, result_key
 from fipo.evaluate import DatasetScores, Subject, load_subject, probe
-from fipo.features import activities
+from fipo.features import MOST_TOKENS, activities
 from fipo.files import writable, write_json
 from fipo.memory import enough_memory
 from fipo.metrics import max_cosines
@@ -27,8 +27,6 @@ from fipo.saebench import Setting, sparse_probing_record
 from fipo.saved import Saved, file_names, find_saved, load_model
 from fipo.summary import accuracies, extras, outcomes
 
-PAGE_TOKENS = 65_536
-"""Tokens of the texts that a page is of, at most."""
 TO_LOWER = "the number of SAEs given at once, --train or --test"
 
 
@@ -105,10 +103,10 @@ def _write_pages(
     """The pages of these SAEs, of one pass over some texts of every dataset and class."""
     if not saved:
         return
-    each = PAGE_TOKENS // (len(data) * lm.context)
+    each = MOST_TOKENS // (len(data) * lm.context)
     texts = [text for one in data for text in some_texts(one, each)]
     saes = {one.name: (subjects[one.name].sae.to(lm.device), lm.layers.index(one.layer)) for one in saved}
-    active = activities(saes, probe_chunks(texts, lm), PAGE_TOKENS)
+    active = activities(saes, probe_chunks(texts, lm))
     for one in saved:
         dec_FD = subjects[one.name].sae.dec_FD
         measures = {

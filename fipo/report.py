@@ -10,7 +10,7 @@ from fipo.errors import UserError
 from fipo.evaluate import DatasetScores
 from fipo.files import read_json, replacing
 from fipo.log import read_log
-from fipo.names import KINDS
+from fipo.names import KINDS, MEASURES
 from fipo.progress import say
 from fipo.results import FINAL, read_result
 from fipo.saebench import Setting, dataset_metrics, metric_name, overall_metrics, sparse_probing_record
@@ -239,8 +239,10 @@ def _find_row(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
     return next((row for row in rows if row["name"] == name), {})
 
 
+def measures(record: dict[str, Any]) -> dict[str, str]:
+    """Name in tables -> number, of all that was measured of a layer."""
+    return {title: form.format(record[key]) for title, (key, form) in MEASURES.items()}
+
+
 def _summary(record: dict[str, Any]) -> str:
-    return (
-        f"FVU {record['held_out_fvu']:.3f}, L0 {record['held_out_l0']:.1f}, dead {record['dead_share']:.2%}, "
-        f"mean max cosine {record['mean_max_cosine']:.3f}"
-    )
+    return ", ".join(f"{title} {number}" for title, number in measures(record).items())

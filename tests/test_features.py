@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from toys import seeded
 
-from fipo import features
+from fipo import features, pooling
 from fipo.data.harvest import Chunk
-from fipo.features import BEFORE, BEHIND, EVENLY, LARGEST, activities, nearest
+from fipo.features import BEFORE, BEHIND, EVENLY, LARGEST, activities
+from fipo.metrics import nearest
 from fipo.sae import SAE
 
 LATENTS, WIDTH, ROWS = 5, 4, 40
@@ -87,7 +88,7 @@ def test_a_dense_sae_ends_the_text_early_for_all(sae, text, monkeypatch):
 def test_wide_codes_are_made_in_pieces(sae, text, monkeypatch):
     seen, original = [], SAE.encode
     monkeypatch.setattr(SAE, "encode", lambda self, acts_BD: seen.append(len(acts_BD)) or original(self, acts_BD))
-    monkeypatch.setattr(features, "CODES_IN_CACHE", 70 * LATENTS)
+    monkeypatch.setattr(pooling, "CODES_IN_CACHE", 70 * LATENTS)
     found = activity(sae, [text], 0)
     assert set(seen[:-1]) == {70} and sum(seen) == found.tokens
 

@@ -203,11 +203,12 @@ class LanguageModel:
             longer = decode(ids[start:end])
             whole = longer.rstrip(BROKEN)
             if whole.startswith(text):
-                pieces.append(whole.removeprefix(text))
-                text = whole
+                piece, text = whole.removeprefix(text), whole
+            elif whole == longer:
+                piece, text = decode(ids[end - 1 : end]), whole
             else:  # byte fallback takes back what it had while a character is not whole
-                pieces.append("" if longer != whole else decode(ids[end - 1 : end]))
-                text = text if longer != whole else whole
+                piece = ""
+            pieces.append(piece)
         return pieces
 
     @torch.inference_mode()

@@ -193,19 +193,17 @@ def _shard_shape(file: Path, tokens: int) -> tuple[str, int, int]:
 
 
 def lock_of(folder: Path) -> Path:
-    """The file that is locked while the store in `folder` is made or removed."""
-    return folder.with_name(f".{folder.name}.lock")
+    """The file that is locked while the store in `folder`, or what is to be one, in its temporary folder, is made or
+    removed."""
+    return folder.with_name(f".{folder.name.lstrip('.').partition('.')[0]}.lock")
 
 
 def _clear_stale(ours: Path) -> None:
     """Remove unfinished stores of processes that were killed: those whose lock nobody holds, or we do."""
     for path in sorted(ours.parent.glob(".*.tmp")):
-        folder = path.with_name(path.name.split(".")[1])
         if TEMPORARY.fullmatch(path.name):
-            with (
-                contextlib.suppress(UserError),
-                contextlib.nullcontext() if folder == ours else locked(lock_of(folder)),
-            ):
+            lock = lock_of(path)
+            with contextlib.suppress(UserError), contextlib.nullcontext() if lock == lock_of(ours) else locked(lock):
                 remove(path)
 
 
