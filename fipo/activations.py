@@ -110,10 +110,10 @@ class BatchTopK(Activation):
         count = min((k or self.k) * pre_BF.shape[0], pre_BF.numel())
         if as_pairs:
             assert self.training, "in evaluation the threshold decides, token by token"
-            found = largest_of_batch(pre_BF.detach(), count, 0.95 * self.threshold)  # little can have changed since
-            values_N, token_N, latent_N = found
+            floor = 0.95 * self.threshold  # little can have changed since
+            values_N, token_N, latent_N, found = largest_of_batch(pre_BF.detach(), count, floor)
             own_N = values_N if favour_F is None else values_N / favour_F.index_select(0, latent_N)
-            return pairs(own_N, token_N, latent_N, *pre_BF.shape)
+            return pairs(own_N, token_N, latent_N, *pre_BF.shape, found)
         if not self.training:
             return torch.where(pre_BF > self.threshold_F, pre_BF, 0)
         codes_BF = torch.where(pre_BF >= self._boundary(pre_BF.detach(), count).clamp_min(0), pre_BF, 0)

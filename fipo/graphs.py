@@ -6,7 +6,8 @@ among it, is read from the device's memory. A recording holds nothing of its own
 and a step by it is the step without it, bit for bit. Shapes: B tokens, D model width, P candidate pairs.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,10 +17,35 @@ KEPT = 4
 """Recordings that are kept: most plans do not come again once they have passed."""
 
 
+class Beside:
+    """Work that the rest of a step need not wait for: on a GPU on a stream of its own; elsewhere, and where `device` is
+    None, in its turn. Tensors that it reads have to be held until `join`."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+
+    def fork(self) -> None:
+        """Let the work that follows wait for all that was started so far."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """What is started in here goes beside the rest."""
+        with torch.cuda.stream(self._stream):  # of None: nothing
+            yield
+
+    def join(self) -> None:
+        """Let the rest wait for the work."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
 class StepGraphs:
     """The recordings of one state's steps. A plan's first step on these shapes is none: kernels are compiled in it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.beside = Beside(device)
         self._met: set[Hashable] = set()
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._tensors: list[Tensor] = []

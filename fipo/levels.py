@@ -7,6 +7,7 @@ by an EMA of their squared norms. Shapes: F latents, M levels.
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,3 +43,19 @@ def cuts(levels: Levels, way: float | Tensor, generator: torch.Generator) -> lis
 def latent_levels(rank_F: Tensor, found: list[float | Tensor]) -> Tensor:
     """Level of every latent, [F] from 0, by the `cuts` found. The first has one latent at least."""
     return sum((rank_F >= len(rank_F) * cut for cut in found), torch.zeros_like(rank_F))
+
+
+def nested(
+    levels: Levels,
+    sigma_F: Tensor,
+    shortage: Tensor,
+    way: float | Tensor,
+    hold: float | Tensor,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """What `fipo.reconstruction` takes of one step's levels. `way`: from `short_power` to 1, and `hold`: the strength s
+    of the stop-gradient; both in force as far as the budget is not short."""
+    spare = spare_share(levels, shortage)
+    level_F = latent_levels(ranks(levels, sigma_F), cuts(levels, way * spare, generator))
+    settings = {"stop_gradient": hold * spare, "plain": levels.plain, "robust": levels.robust}
+    return {"level_F": level_F, "levels": len(levels.shares), **settings}

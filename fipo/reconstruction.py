@@ -1,8 +1,8 @@
 """L_rec: the levels of the nested reconstruction, their errors and the gradient of these (METHOD 4b).
 
-One pass forward and one backward over the levels, with the same result in plain torch, in compiled loops
-(`fipo.native`, token by token) and in a Triton kernel (`fipo.kernels`). Shapes: B tokens, D model width, F latents, M
-levels, N active codes, S ends of segments.
+One pass forward and one backward over the levels, with the same result in plain torch and, token by token, in compiled
+loops (`fipo.native`) or a Triton kernel (`fipo.kernels`). Shapes: B tokens, D model width, F latents, M levels, N
+active codes, S ends of segments.
 """
 
 from types import ModuleType
@@ -33,10 +33,10 @@ def reconstruction_error(
     robust: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`nested_error` of the parts that codes make; without `level_F` all are one."""
-    native = None if kernels_for(x_BD) else native_for(working(dec_FD[:0]), torch.bfloat16)
-    if native and isinstance(codes, Codes):
-        order = level_F, levels, float(stop_gradient), plain, robust
-        return _PairsError.apply(codes.values_N, dec_FD, bias_D, x_BD, codes, *order, native)
+    ours = kernels_for(x_BD) or native_for(working(dec_FD[:0]), torch.bfloat16)
+    if ours and isinstance(codes, Codes):
+        order = level_F, levels, stop_gradient, plain, robust
+        return _PairsError.apply(codes.values_N, dec_FD, bias_D, x_BD, codes, *order, ours)
     parts_BMD = decode(codes, dec_FD)[:, None] if level_F is None else decode_levels(codes, dec_FD, level_F, levels)
     return nested_error(parts_BMD, bias_D, x_BD, stop_gradient, plain, robust)
 
@@ -50,7 +50,7 @@ def token_weights(residual_BD: Tensor, robust: float) -> Tensor:
 
 
 class _PairsError(torch.autograd.Function):
-    """Both at once, token by token (fipo.native): the parts are never built, their gradients are."""
+    """Both at once, token by token (fipo.native, fipo.kernels): the parts are never built, their gradients are."""
 
     @staticmethod
     def forward(
@@ -62,20 +62,19 @@ class _PairsError(torch.autograd.Function):
         codes: Codes,
         level_F: Tensor | None,
         levels: int,
-        stop_gradient: float,
+        stop_gradient: float | Tensor,
         plain: float,
         robust: float,
-        native: ModuleType,
+        ours: ModuleType,
     ) -> tuple[Tensor, Tensor]:
-        level_F = torch.zeros(len(dec_FD), dtype=torch.int64) if level_F is None else level_F
-        starts_S = torch.searchsorted(codes.token_N, torch.arange(codes.batch + 1))
-        grad_BMD, grad_N, grad_D, residual_BD, squares_M, weight = native.nested_error(
-            values_N, codes.latent_N, starts_S, level_F, working(dec_FD), bias_D, x_BD,
+        level_F = torch.zeros(len(dec_FD), dtype=torch.int64, device=x_BD.device) if level_F is None else level_F
+        grad_BMD, grad_N, grad_D, residual_BD, squares_M, divisor = ours.nested_error(
+            values_N, codes.latent_N, codes.starts_S, level_F, working(dec_FD), bias_D, x_BD,
             levels=levels, stop_gradient=stop_gradient, plain=plain, power=-robust / 2, least=_LEAST_ERROR,
         )  # fmt: skip
         row_N = torch.add(level_F.index_select(0, codes.latent_N), codes.token_N, alpha=levels)
-        row_N, values_N = (sorted_by.index_select(0, codes.order_N) for sorted_by in (row_N, values_N))
-        ctx.save_for_backward(grad_BMD, grad_N / weight, grad_D / weight, row_N, values_N / weight, codes.ends_S)
+        row_N, values_N = (sorted_by.index_select(0, codes.order_N) for sorted_by in (row_N, values_N / divisor))
+        ctx.save_for_backward(grad_BMD, grad_N, grad_D, row_N, values_N, codes.ends_S)
         ctx.dtype = dec_FD.dtype
         ctx.mark_non_differentiable(residual_BD)
         ctx.set_materialize_grads(False)
@@ -86,11 +85,8 @@ class _PairsError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         grad_BMD, grad_N, grad_D, row_N, weight_N, ends_S = ctx.saved_tensors
-        grad_FD = sum_rows(grad_BMD.flatten(0, 1), row_N, weight_N, ends_S, ctx.dtype).to(ctx.dtype)
-        grads = grad_N, grad_FD, grad_D.to(ctx.dtype)
-        if grad != 1:  # a step's L_rec has weight 1
-            grads = tuple(own * grad for own in grads)
-        return *grads, *[None] * 8
+        grad_FD = sum_rows(grad_BMD.flatten(0, 1), row_N, weight_N * grad, ends_S, ctx.dtype).to(ctx.dtype)
+        return grad_N * grad, grad_FD, (grad_D * grad).to(ctx.dtype), *[None] * 8
 
 
 def nested_error(
@@ -133,8 +129,7 @@ class _NestedError(torch.autograd.Function):
         plain: float,
         robust: float,
     ) -> tuple[Tensor, Tensor]:
-        both_passes = kernels.nested_error if (kernels := kernels_for(x_BD)) else _NestedError.passes
-        grad_BMD, residual_BD, squares_M = both_passes(parts_BMD, bias_D, x_BD, stop_gradient, plain)
+        grad_BMD, residual_BD, squares_M = _NestedError.passes(parts_BMD, bias_D, x_BD, stop_gradient, plain)
         if robust:
             grad_BMD.mul_(token_weights(residual_BD, robust).to(grad_BMD.dtype)[:, None, None])
         ctx.save_for_backward(grad_BMD)
@@ -152,7 +147,8 @@ class _NestedError(torch.autograd.Function):
         grad_BMD, left_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
         squares_M, c = x_BD.new_zeros(len(levels)), 2 / parts_BMD.numel()
         whole = (parts_BMD, x_BD, grad_BMD, left_BD)
-        for part_NMD, x_ND, grad_NMD, left_ND in zip(*(rows.split(_TOKENS) for rows in whole), strict=True):
+        tokens = _TOKENS if x_BD.device.type == "cpu" else max(1, len(x_BD))
+        for part_NMD, x_ND, grad_NMD, left_ND in zip(*(rows.split(tokens) for rows in whole), strict=True):
             residual_MND = x_BD.new_empty(len(levels), *x_ND.shape)
             last_ND = torch.sub(c * bias_D, x_ND, alpha=c)
             for level in levels:
@@ -171,8 +167,6 @@ class _NestedError(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         (grad_BMD,) = ctx.saved_tensors
-        if kernels := kernels_for(grad):
-            kernels.scale(grad_BMD, grad)
-        elif grad != 1:  # a step's L_rec has weight 1
+        if grad.is_cuda or grad != 1:  # a step's L_rec has weight 1; to ask a GPU is to wait for it
             grad_BMD = grad_BMD * grad
         return grad_BMD, grad_BMD[:, 0].sum(0, dtype=grad.dtype), None, None, None, None

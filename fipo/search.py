@@ -43,14 +43,14 @@ def largest_of_rows(pre_BF: Tensor, k: int) -> Tensor:
     return tiles_BK.gather(1, places_BK % k) + places_BK.div(k, rounding_mode="floor").mul_(tiles)
 
 
-def largest_of_batch(pre_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def largest_of_batch(pre_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Values, tokens and latents of the `count` largest values of a batch, as far as they are positive, and of all that
-    equal the least of them; ordered by token, on a GPU with zeros after them.
+    equal the least of them, ordered by token; on a GPU with zeros after them, and how many they are, 0-d.
 
     `floor`, 0-d, has no influence on the result: the search begins above it, and is done again without it where too
     few numbers are there.
     """
-    kernels, keys_BF = kernels_for(pre_BF), ordered(pre_BF)
+    kernels, keys_BF, found = kernels_for(pre_BF), ordered(pre_BF), None
     floor = ordered(floor.to(pre_BF.dtype))
     if kernels and keys_BF.dtype == torch.int16:
         places_N, found = kernels.largest_of_batch(keys_BF, count, floor)
@@ -68,7 +68,7 @@ def largest_of_batch(pre_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor,
             places_N = places_N[_at_least(keys_N, _kth_largest(keys_N, count))]
         values_N = pre_BF.flatten()[places_N]
     token_N = places_N // pre_BF.shape[1]
-    return values_N, token_N, places_N - token_N * pre_BF.shape[1]
+    return values_N, token_N, places_N - token_N * pre_BF.shape[1], found
 
 
 def _tiles(latents: int) -> int:

@@ -42,6 +42,8 @@ class Codes(NamedTuple):
     """The pairs sorted by latent."""
     ends_S: Tensor
     """Where in `order_N` the pairs of every latent start, and N."""
+    starts_S: Tensor
+    """Where the pairs of every token start, and where the last of them end; behind that, on a GPU, stand zeros."""
     batch: int
     """B."""
 
@@ -59,11 +61,17 @@ class Codes(NamedTuple):
         return reduce_segments(values_N.index_select(0, self.order_N), self.ends_S, how)
 
 
-def pairs(values_N: Tensor, token_N: Tensor, latent_N: Tensor, batch: int, latents: int) -> Codes:
-    """Codes from their pairs, ordered by token."""
+def pairs(
+    values_N: Tensor, token_N: Tensor, latent_N: Tensor, batch: int, latents: int, found: Tensor | None = None
+) -> Codes:
+    """Codes from their pairs, ordered by token; those behind the first `found`, where it is given, are zeros."""
     order_N, ends_S = grouped(latent_N, latents)
     values_N = values_N.to(torch.promote_types(values_N.dtype, torch.float32))
-    return Codes(values_N, token_N, latent_N, order_N, ends_S, batch)
+    rising_N = token_N
+    if found is not None:
+        rising_N = torch.where(torch.arange(len(token_N), device=found.device) < found, token_N, batch)
+    starts_S = torch.searchsorted(rising_N, torch.arange(batch + 1, device=token_N.device))
+    return Codes(values_N, token_N, latent_N, order_N, ends_S, starts_S, batch)
 
 
 def grouped(group_N: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -178,7 +186,10 @@ def cached(rows_FD: Tensor) -> tuple[Tensor, ...]:
 
 def working_times(rows_FD: Tensor, factor_F: Tensor) -> Tensor:
     """Rows times factors, rounded once to the type that matrix products have here."""
-    scaled_FD = torch.empty_like(rows_FD, dtype=working(rows_FD[:0]).dtype)
+    dtype = working(rows_FD[:0]).dtype
+    if kernels := kernels_for(rows_FD):
+        return kernels.scaled_rows(rows_FD, factor_F, dtype)
+    scaled_FD = torch.empty_like(rows_FD, dtype=dtype)
     for scaled_ND, rows_ND, factor_N in zip(*map(cached, (scaled_FD, rows_FD, factor_F)), strict=True):
         scaled_ND.copy_(rows_ND * factor_N[:, None])
     return scaled_FD

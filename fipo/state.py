@@ -57,7 +57,9 @@ class TrainState:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave, in place; anything else is refused."""
         check_tensors(tensors, self._expected(tensors), "checkpoint")
-        self.graphs = StepGraphs() if self.graphs else None  # they were made for tensors that are now replaced
+        self.graphs = (
+            StepGraphs(self.sae.dec_FD.device) if self.graphs else None
+        )  # they were made for tensors that are now replaced
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -122,5 +124,5 @@ def build_state(config: RunConfig, layer: int, mean_D: Tensor, scale: float, dev
         pairs_P2=torch.zeros(0, 2, dtype=torch.int64, device=device),
         generator=generator_for(config.seed, "train", layer, device=device),
         faults=Faults(device),
-        graphs=StepGraphs() if kernels_for(sae.dec_FD) else None,
+        graphs=StepGraphs(sae.dec_FD.device) if kernels_for(sae.dec_FD) else None,
     )

@@ -5,7 +5,7 @@ B tokens, D model width, F latents, P candidate pairs.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,9 @@ from torch import Tensor
 from fipo import lsh, objective
 from fipo.errors import UserError
 from fipo.favour import favours
+from fipo.graphs import Beside
 from fipo.importance import several_ranks
-from fipo.levels import cuts, latent_levels, ranks, spare_share
+from fipo.levels import nested, spare_share
 from fipo.method import Penalty
 from fipo.objective import Terms
 from fipo.reconstruction import reconstruction_error
@@ -161,24 +162,29 @@ def padded(state: TrainState) -> Tensor:
 
 def compute(state: TrainState, plan: Plan, numbers: Numbers, acts_BD: Tensor, pairs_P2: Tensor) -> StepReport:
     """What a step does on the device: loss, gradient, update, and what the state learns from the batch."""
-    config, sae = state.config, state.sae
+    config, sae, beside = state.config, state.sae, state.graphs.beside if state.graphs else Beside()
     sae.train()
-    x_BD = sae.standardise(acts_BD)
+    beside.fork()
+    with beside.work():
+        order = step_order(state, plan, numbers)
     favour_F = step_favours(state, numbers)
+    x_BD = sae.standardise(acts_BD)
     with torch.autocast(x_BD.device.type, dtype=torch.bfloat16, enabled=config.optimiser.autocast, cache_enabled=False):
         with torch.set_grad_enabled(not plan.frozen):
             pre_BF, codes = sae.training_codes(x_BD, plan.k, favour_F)
-        terms, residual_BD = loss_terms(state, plan, numbers, x_BD, pre_BF, codes, pairs_P2)
+        beside.join()
+        terms, residual_BD = loss_terms(state, plan, numbers, x_BD, pre_BF, codes, order, pairs_P2)
     state.optimizer.zero_grad()
     terms.total.backward()
-    terms = Terms(*(term.detach() for term in terms))
+    terms, codes = Terms(*(term.detach() for term in terms)), codes.detach()
+    beside.fork()
     update(sae, state.optimizer, terms, state.faults, state.step, numbers.learning_rate, config.optimiser.clip)
-    with torch.no_grad():
-        codes = codes.detach()
+    with torch.no_grad(), beside.work():
         state.importance.commit()
         sae.activation.observe(codes, favour_F)
         if state.reservoir is not None:
             state.reservoir.offer(x_BD, torch.linalg.vector_norm(residual_BD, dim=1).square(), state.generator)
+    beside.join()
     return StepReport(terms, x_BD, residual_BD, codes)
 
 
@@ -191,6 +197,15 @@ def step_favours(state: TrainState, numbers: Numbers) -> Tensor | None:
     return favours(levels.favour, state.importance.values(), numbers.order_share, spare)
 
 
+def step_order(state: TrainState, plan: Plan, numbers: Numbers) -> dict[str, Any]:
+    """The levels of this step, as `reconstruction_error` takes them; none without them, and in the last phase."""
+    levels = state.config.levels
+    if levels is None or plan.frozen:
+        return {}
+    sigma_F, shortage = state.importance.values(), state.sae.activation.shortage()
+    return nested(levels, sigma_F, shortage, numbers.order_share, numbers.stop_gradient, state.generator)
+
+
 def loss_terms(
     state: TrainState,
     plan: Plan,
@@ -198,6 +213,7 @@ def loss_terms(
     x_BD: Tensor,
     pre_BF: Tensor | None,
     codes: Codes | Tensor,
+    order: dict[str, Any],
     pairs_P2: Tensor,
 ) -> tuple[Terms, Tensor]:
     """L = L_rec + λ_s L_sparsity + α L_aux + λ_o Ω, each weighted, and the residual x - x̂ [B, D].
@@ -207,17 +223,6 @@ def loss_terms(
     """
     config, sae, workload = state.config, state.sae, state.config.workload
     nothing = torch.zeros((), device=x_BD.device)
-    order = {}
-    if config.levels is not None and not plan.frozen:
-        spare = spare_share(config.levels, sae.activation.shortage())
-        rank_F = ranks(config.levels, state.importance.values())
-        level_F = latent_levels(rank_F, cuts(config.levels, numbers.order_share * spare, state.generator))
-        order = {
-            "level_F": level_F,
-            "levels": len(config.levels.shares),
-            "stop_gradient": numbers.stop_gradient * spare,
-        }
-        order |= {"plain": config.levels.plain, "robust": config.levels.robust}
     reconstruction, residual_BD = reconstruction_error(codes, sae.dec_FD, sae.dec_bias_D, x_BD, **order)
     sparsity, auxiliary, orthogonality = nothing, nothing, nothing
     if not plan.frozen and workload.sparsity_penalty > 0 and not isinstance(codes, Codes):

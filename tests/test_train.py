@@ -9,6 +9,7 @@ import pytest
 import torch
 import toys
 
+from fipo import levels as fipo_levels
 from fipo import objective, reconstruction, train
 from fipo.checkpoint import load_tensors, save_tensors
 from fipo.config import LSH, Levels, Optimiser, Penalty, RunConfig
@@ -18,7 +19,7 @@ from fipo.randomness import generator_for
 from fipo.schedules import active_latents, decoder_only, learning_rate, order_share, penalty_share, stop_gradient
 from fipo.sparse import Codes
 from fipo.state import TrainState
-from fipo.train import loss_terms, numbers_of, plan_of, train_step
+from fipo.train import loss_terms, numbers_of, plan_of, step_order, train_step
 
 REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "saelens.json").read_text(encoding="utf-8"))["losses"]
 FIXED = {"order": "fixed", "drawn": False, "short_power": 1.0, "favour": (0.0, 0.0, 0.0), "robust": 0.0}
@@ -40,7 +41,8 @@ def snapshot(state: TrainState) -> dict[str, torch.Tensor]:
 def terms_of(state: TrainState, x_BD: torch.Tensor, pre_BF: torch.Tensor | None, codes: Codes | torch.Tensor):
     """The terms of the state's next step."""
     plan, numbers = plan_of(state, len(x_BD)), numbers_of(state)
-    return loss_terms(state, plan, numbers, x_BD, pre_BF, codes, state.pairs_P2)
+    order = step_order(state, plan, numbers)
+    return loss_terms(state, plan, numbers, x_BD, pre_BF, codes, order, state.pairs_P2)
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
@@ -482,8 +484,8 @@ def test_the_step_lets_the_shortage_of_its_activation_decide(monkeypatch):
     """With the smallest code as large as the mean one nothing is held, and levels are large; with a far smaller one
     all of s is, and they are as small as the step has them."""
     seen, ways = [], []
-    nested, drawn = reconstruction.nested_error, train.cuts
-    monkeypatch.setattr(train, "cuts", lambda *given: ways.append(float(given[1])) or drawn(*given))
+    nested, drawn = reconstruction.nested_error, fipo_levels.cuts
+    monkeypatch.setattr(fipo_levels, "cuts", lambda *given: ways.append(float(given[1])) or drawn(*given))
     monkeypatch.setattr(reconstruction, "nested_error", lambda *given: seen.append(given[3]) or nested(*given))
     for threshold in (0.1, 1.0):
         state = toys.fresh(toys.run_config("run_6", levels=Levels(stop_gradient=0.5, held=(0.0, 0.0))))
@@ -519,8 +521,8 @@ def test_decoder_only_is_the_last_share_of_the_steps():
 def test_the_step_draws_its_cuts_anew_from_the_generator_of_the_state(monkeypatch):
     """And by the way of their power, which rises over the run."""
     seen = []
-    drawn = train.cuts
-    monkeypatch.setattr(train, "cuts", lambda *given: seen.append((given, drawn(*given))) or seen[-1][1])
+    drawn = fipo_levels.cuts
+    monkeypatch.setattr(fipo_levels, "cuts", lambda *given: seen.append((given, drawn(*given))) or seen[-1][1])
     state = toys.fresh(
         toys.run_config("run_6", steps=4, levels=Levels(shares=(0.25, 0.5, 1.0), rise=1.0, short=(9, 10)))
     )

@@ -5,8 +5,8 @@ Triton's interpreter where there is no GPU. Without atomics but of whole numbers
 """
 
 from fipo.kernels.adam import adam, squares
-from fipo.kernels.loss import nested_error, scale
-from fipo.kernels.pairs import reduce_segments, row_products, sum_rows
+from fipo.kernels.loss import nested_error
+from fipo.kernels.pairs import reduce_segments, row_products, scaled_rows, sum_rows
 from fipo.kernels.search import LONGEST, largest, largest_of_batch
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "nested_error",
     "reduce_segments",
     "row_products",
-    "scale",
+    "scaled_rows",
     "squares",
     "sum_rows",
 ]

@@ -1,6 +1,7 @@
-"""The nested reconstruction error and its gradient on a GPU, in one pass (`fipo.reconstruction`).
+"""The nested reconstruction error and its gradient on a GPU, from pairs, without the parts (`fipo.reconstruction`).
 
-Shapes: B tokens, D model width, M levels, T slices of D.
+Shapes: B tokens, D model width, F latents, M levels, N pairs, S = B + 1 starts of tokens, R = B M + 1 of their levels,
+C of parts of the batch, T slices of D.
 """
 
 import torch
@@ -8,62 +9,92 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fipo.kernels.pairs import WIDTH
+from fipo.kernels.pairs import WIDTH, sum_rows
+from fipo.sparse import grouped
+
+_TOKENS = 32
+"""Tokens whose gradients of the bias are added up by one program."""
 
 
 def nested_error(
-    parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, hold: float | Tensor, plain: float
+    values_N: Tensor,
+    latent_N: Tensor,
+    starts_S: Tensor,
+    level_F: Tensor,
+    dec_FD: Tensor,
+    bias_D: Tensor,
+    x_BD: Tensor,
+    *,
+    levels: int,
+    stop_gradient: float | Tensor,
+    plain: float,
+    power: float = 0.0,
+    least: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """Gradient of every part, [B, M, D], x - x̂_M, [B, D], and every level's squared error, [M], summed over B and D; s
-    is `hold` (`fipo.reconstruction`)."""
-    batch, levels, width = parts_BMD.shape
-    grad_BMD, left_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
+    """As `fipo.native.nested_error`, but that tokens do not weigh in the gradient of a part: the last that is returned,
+    what it is to be divided by, is one number a pair. Pairs behind the last start belong to no token."""
+    (batch, width), count = x_BD.shape, len(values_N)
+    token_N = torch.searchsorted(starts_S, torch.arange(count, device=x_BD.device), right=True) - 1
+    place_N, starts_R = grouped(token_N * levels + level_F[latent_N], batch * levels)
     slices = triton.cdiv(width, WIDTH)
-    squares_BTM = torch.empty(batch, slices, levels, device=x_BD.device)
-    if isinstance(hold, Tensor):
-        hold = hold.to(x_BD.device, torch.float32)
+    grad_BMD = torch.empty(batch, levels, width, dtype=dec_FD.dtype, device=x_BD.device)
+    left_BD, grad_TN = torch.empty_like(x_BD), torch.zeros(slices, count, device=x_BD.device)
+    squares_MBT = torch.empty(levels, batch, slices, device=x_BD.device)
+    if isinstance(stop_gradient, Tensor):
+        hold = stop_gradient.to(x_BD.device, torch.float32)
     else:  # filled there: a copy from the processor's memory cannot be recorded (fipo.graphs)
-        hold = torch.full((), hold, dtype=torch.float32, device=x_BD.device)
-    given = parts_BMD.contiguous(), bias_D, x_BD.contiguous(), hold, grad_BMD, left_BD, squares_BTM
-    numbers = width, 2 / parts_BMD.numel(), float(plain)
-    _nested_error[(batch, slices)](*given, *numbers, LEVELS=levels, WIDTH=WIDTH, num_warps=2)
-    return grad_BMD, left_BD, squares_BTM.sum((0, 1))
+        hold = torch.full((), stop_gradient, dtype=torch.float32, device=x_BD.device)
+    pairs = values_N[place_N], latent_N[place_N], place_N, starts_R
+    given = *pairs, dec_FD.contiguous(), bias_D, x_BD.contiguous(), hold, grad_BMD, left_BD, squares_MBT, grad_TN
+    numbers = count, width, 2 / grad_BMD.numel(), float(plain)
+    _nested_error[(batch, slices)](*given, *numbers, LEVELS=levels, WIDTH=WIDTH, num_warps=1)
+    weight_B = (squares_MBT[-1].sum(1) / width + least).pow(power)
+    weight_B = weight_B / weight_B.mean()
+    first_B, starts_C = (torch.arange(0, batch + step - 1, step, device=x_BD.device) for step in (1, _TOKENS))
+    of_tokens = grad_BMD.flatten(0, 1), first_B * levels, weight_B, starts_C.clamp_max(batch)
+    grad_D = sum_rows(*of_tokens, torch.float32).sum(0)
+    divisor_N = 1 / torch.cat([weight_B, weight_B.new_ones(1)])[token_N]
+    return grad_BMD, grad_TN.sum(0) / divisor_N, grad_D, left_BD, squares_MBT.sum((1, 2)), divisor_N
 
 
 @triton.jit
 def _nested_error(
-    parts, bias, x, hold, grad, left, squares, width, scale, plain, LEVELS: tl.constexpr, WIDTH: tl.constexpr
-):
-    token, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    values, latents, places, starts, rows, bias, x, hold, grad, left, squares, products,
+    count, width, scale, plain, LEVELS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """A slice of a token: its levels forwards, for what each leaves, then backwards, for the gradients."""
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    columns = part * WIDTH + tl.arange(0, WIDTH)
     inside = columns < width
     target = tl.load(x + token * width + columns, mask=inside, other=0.0)
     residual = tl.load(bias + columns, mask=inside, other=0.0) - target
-    first = parts + token * LEVELS * width + columns
-    tally = squares + (token * tl.num_programs(1) + tl.program_id(1)) * LEVELS
     for level in tl.static_range(LEVELS):
-        residual += tl.load(first + level * width, mask=inside, other=0.0).to(tl.float32)
-        tl.store(tally + level, tl.sum(residual * residual))
+        n, end = tl.load(starts + token * LEVELS + level), tl.load(starts + token * LEVELS + level + 1)
+        while n < end:
+            for ahead in tl.static_range(8):  # eight loads are under way at a time
+                there = n + ahead < end
+                row = tl.load(latents + n + ahead, mask=there, other=0).to(tl.int64)
+                value = tl.load(values + n + ahead, mask=there, other=0.0)
+                residual += value * tl.load(rows + row * width + columns, mask=inside & there, other=0.0).to(tl.float32)
+            n += 8
+        tl.store(
+            squares + (level * tl.num_programs(0) + token) * tl.num_programs(1) + part, tl.sum(residual * residual)
+        )
     tl.store(left + token * width + columns, -residual, mask=inside)
     whole, passed, share = plain * LEVELS * residual, 1 - tl.load(hold), 1 - plain
-    pull = residual
-    grads = grad + token * LEVELS * width + columns
-    tl.store(grads + (LEVELS - 1) * width, scale * (share * pull + whole), mask=inside)
-    for back in tl.static_range(1, LEVELS):  # from the last level but one to the first
-        residual -= tl.load(first + (LEVELS - back) * width, mask=inside, other=0.0).to(tl.float32)
+    pull = tl.zeros([WIDTH], dtype=tl.float32)
+    for back in tl.static_range(1, LEVELS + 1):
         pull = residual + passed * pull
-        tl.store(grads + (LEVELS - 1 - back) * width, scale * (share * pull + whole), mask=inside)
-
-
-def scale(rows: Tensor, factor: Tensor) -> None:
-    """Multiply by a number, in place, where it is not 1."""
-    count = rows.numel()
-    _scale[(triton.cdiv(count, 4096),)](rows, factor, count, BLOCK=4096)
-
-
-@triton.jit
-def _scale(values, factor, count, BLOCK: tl.constexpr):
-    by = tl.load(factor).to(tl.float32)
-    if by != 1:
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < count
-        tl.store(values + place, by * tl.load(values + place, mask=inside, other=0.0).to(tl.float32), mask=inside)
+        pulled = scale * (share * pull + whole)
+        tl.store(grad + (token * LEVELS + LEVELS - back) * width + columns, pulled, mask=inside)
+        n, end = tl.load(starts + (token + 1) * LEVELS - back), tl.load(starts + (token + 1) * LEVELS - back + 1)
+        while n < end:
+            for ahead in tl.static_range(8):
+                there = n + ahead < end
+                row = tl.load(latents + n + ahead, mask=there, other=0).to(tl.int64)
+                value = tl.load(values + n + ahead, mask=there, other=0.0)
+                place = tl.load(places + n + ahead, mask=there, other=0)
+                numbers = tl.load(rows + row * width + columns, mask=inside & there, other=0.0).to(tl.float32)
+                tl.store(products + part.to(tl.int64) * count + place, tl.sum(pulled * numbers), mask=there)
+                residual -= value * numbers
+            n += 8

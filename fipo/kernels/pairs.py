@@ -87,3 +87,18 @@ def _reduce_segments(values, ends, out, SUM: tl.constexpr):
         result = result + value if SUM else tl.maximum(result, value)
         n += 32
     tl.store(out + segment, tl.sum(result, 0) if SUM else tl.max(result, 0))
+
+
+def scaled_rows(rows_FD: Tensor, factor_F: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows times factors, rounded once to `dtype`."""
+    (count, width), scaled_FD = rows_FD.shape, torch.empty_like(rows_FD, dtype=dtype)
+    block = triton.next_power_of_2(width)
+    _scaled_rows[(count,)](rows_FD.contiguous(), factor_F, scaled_FD, width, BLOCK=block, num_warps=4)
+    return scaled_FD
+
+
+@triton.jit
+def _scaled_rows(rows, factors, scaled, width, BLOCK: tl.constexpr):
+    columns, start = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64) * width
+    row = tl.load(rows + start + columns, mask=columns < width, other=0.0)
+    tl.store(scaled + start + columns, row * tl.load(factors + tl.program_id(0)), mask=columns < width)

@@ -13,8 +13,12 @@ LONGEST = 4096
 """Numbers of a row that `largest` can hold."""
 _CHUNK = 4096
 """Numbers of a program of `largest_of_batch`."""
+_NUMBERS = 32_768
+"""Numbers that are not negative."""
 _TINY = 128
 """Bits of the smallest normal bfloat16."""
+_TALLIES = 16
+"""Tallies that are kept at a time."""
 
 
 def largest(keys_BF: Tensor, k: int) -> Tensor:
@@ -55,10 +59,12 @@ def largest_of_batch(keys_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor
     """
     keys_BF, numbers, device = keys_BF.contiguous(), keys_BF.numel(), keys_BF.device
     programs = (triton.cdiv(numbers, _CHUNK),)
-    floor = floor.clamp(_TINY, 32767).int()
-    least = _least(keys_BF, count, floor, programs)
-    missed = least < floor
-    least = torch.where(missed, _least(keys_BF, count, torch.where(missed, _TINY, 32768), programs), least)
+    tally, again = torch.zeros(_TALLIES + 1, _NUMBERS, dtype=torch.int32, device=device).split([_TALLIES, 1])
+    floor_2 = torch.stack([floor.clamp(_TINY, _NUMBERS - 1).int(), floor.new_full((), _TINY).int()])
+    least = torch.full((), _TINY - 1, dtype=torch.int32, device=device)  # too little: so the first search is done
+    for start, tallies in zip(floor_2, (tally, again), strict=True):
+        _tally[programs](keys_BF, start, least, tallies, numbers, len(tallies), NUMBERS=_NUMBERS, CHUNK=_CHUNK)
+        _pick[(1,)](tallies.sum(0, dtype=torch.int32), start, least, count, NUMBERS=_NUMBERS, num_warps=16)
     least = least.clamp_min(_TINY)
     found = torch.empty(programs, dtype=torch.int32, device=device)
     _count[programs](keys_BF, least, found, numbers, CHUNK=_CHUNK)
@@ -68,21 +74,27 @@ def largest_of_batch(keys_BF: Tensor, count: int, floor: Tensor) -> tuple[Tensor
     return places, ends[-1]
 
 
-def _least(keys_BF: Tensor, count: int, floor: Tensor, programs: tuple[int]) -> Tensor:
-    """The `count`-th largest number, at least `_TINY`; something below `floor` where fewer than `count` reach it."""
-    tally = torch.zeros(32768, dtype=torch.int32, device=keys_BF.device)
-    _tally[programs](keys_BF, floor.int(), tally, keys_BF.numel(), CHUNK=_CHUNK)
-    return (32767 - (tally.flip(0).cumsum(0) < count).sum()).clamp_min(_TINY - 1).int()
+@triton.jit
+def _tally(keys, floor, least, tallies, numbers, copies, NUMBERS: tl.constexpr, CHUNK: tl.constexpr):
+    """How often every number comes that reaches `floor`, unless the least one sought is known: in several tallies,
+    since many are alike. (Sums of whole numbers are the same in any order.)"""
+    lowest = tl.load(floor)
+    if tl.load(least) < lowest:
+        place = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+        key = tl.load(keys + place, mask=place < numbers, other=-1).to(tl.int32)
+        tally = tallies + (tl.program_id(0) % copies) * NUMBERS
+        tl.atomic_add(tally + key, 1, mask=key >= lowest)
 
 
 @triton.jit
-def _tally(keys, floor, tally, numbers, CHUNK: tl.constexpr):
-    """How often every number comes that reaches `floor`. (Sums of whole numbers are the same in any order.)"""
-    least = tl.load(floor)
-    if least < 32768:
-        place = tl.program_id(0).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-        key = tl.load(keys + place, mask=place < numbers, other=-1).to(tl.int32)
-        tl.atomic_add(tally + key, 1, mask=key >= least)
+def _pick(tally, floor, least, count, NUMBERS: tl.constexpr):
+    """The `count`-th largest number, where so many reach `floor`; nothing where it is known."""
+    lowest = tl.load(floor)
+    if tl.load(least) < lowest:
+        from_above = tl.cumsum(tl.load(tally + (NUMBERS - 1) - tl.arange(0, NUMBERS)), 0)
+        found = NUMBERS - 1 - tl.sum((from_above < count).to(tl.int32))
+        if found >= lowest:
+            tl.store(least, found)
 
 
 @triton.jit

@@ -140,15 +140,15 @@ def nested_error(
     x_BD: Tensor,
     *,
     levels: int,
-    stop_gradient: float,
+    stop_gradient: float | Tensor,
     plain: float,
     power: float = 0.0,
     least: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Gradient of every part, [B, M, D], in bfloat16, of every code, [N], and of the bias, [D]; x - x̂_M, [B, D]; every
-    level's squared error, [M], summed over B and D; and the mean weight of a token, 0-d. Tokens weigh (error + least)^
-    power in the gradients, where `error` is what the last level leaves, averaged over D (`fipo.reconstruction`). Pairs
-    are ordered by token, and begin where `starts_S` says."""
+    level's squared error, [M], summed over B and D; and what the first of these is yet to be divided by, 0-d. Tokens
+    weigh (error + least)^power in the gradients, over the mean of that, where `error` is what the last level leaves,
+    averaged over D (`fipo.reconstruction`). Pairs are ordered by token, and begin where `starts_S` says."""
     batch, width = x_BD.shape
     grad_BMD = torch.empty(batch, levels, width, dtype=torch.bfloat16)
     left_BD, grad_N = torch.empty(batch, width), torch.empty(len(values_N))
@@ -156,7 +156,7 @@ def nested_error(
     grad_CD, squares_CM = torch.zeros(len(parts), width), torch.zeros(len(parts), levels)
     weight_C1 = torch.zeros(len(parts), 1)
     scale = 2 / grad_BMD.numel()
-    numbers = (1 - stop_gradient, scale * (1 - plain), scale * plain * levels, power, least)
+    numbers = (1 - float(stop_gradient), scale * (1 - plain), scale * plain * levels, power, least)
     numbers = (np.float32(n) for n in numbers)
     given = *map(as_numpy, (values_N, latent_N, starts_S, level_F, dec_FD, bias_D, x_BD)), *numbers
     out = tuple(map(as_numpy, (grad_BMD, left_BD, grad_N)))
@@ -166,4 +166,5 @@ def nested_error(
         _nested_error(parts[c], min(parts[c] + _TOKENS, batch), *given, *out, *(of_parts[c] for of_parts in sums))
 
     in_threads(of_part, range(len(parts)))
-    return grad_BMD, grad_N, grad_CD.sum(0), left_BD, squares_CM.sum(0), weight_C1.sum() / batch
+    weight = weight_C1.sum() / batch
+    return grad_BMD, grad_N / weight, grad_CD.sum(0) / weight, left_BD, squares_CM.sum(0), weight
