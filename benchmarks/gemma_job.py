@@ -35,6 +35,8 @@ from fipo.workloads import GEMMA_2_2B
 
 PHASES = ("LM forward", "harvest and buffer", "SAE steps", "probing: LM forward", "probing: encode and pool")
 PHASES += ("probing: fits",)
+TRAINING = "the first three, as a run takes them"
+"""Without waiting for the device behind each."""
 
 
 class Job(NamedTuple):
@@ -62,7 +64,7 @@ GEMMA = Job(
     classes=36,
     slice_classes=5,
     warm_up=50,
-    steps=100,
+    steps=128,
 )
 _SMALL = Probing(datasets=("none",), train_per_class=12, test_per_class=6, ks=(1, 5))
 TINY = Job(
@@ -101,10 +103,12 @@ class RandomModel(LanguageModel):
         self.blocks = find_blocks(self.model, job.model["num_hidden_layers"])
         names = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2, "cls_token_id": None, "sep_token_id": None}
         self.tokenizer = SimpleNamespace(**names)
-        self.seconds = 0.0
+        self.seconds: float | None = 0.0
 
     def activations(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """Of the wanted layers, [L, B, S, D], on the clock."""
+        """Of the wanted layers, [L, B, S, D], on the clock where there is one."""
+        if self.seconds is None:
+            return super().activations(ids_BS, mask_BS)
         started = now(self.device)
         acts_LBSD = super().activations(ids_BS, mask_BS)
         self.seconds += now(self.device) - started
@@ -148,11 +152,11 @@ def scales(job: Job) -> dict[str, float]:
     """How often the measured slice of each phase fits into the job."""
     workload = job.workload
     training, probing = workload.train_tokens / (job.steps * workload.batch_tokens), job.classes / job.slice_classes
-    return dict(zip(PHASES, 3 * [training] + 3 * [probing], strict=True))
+    return dict(zip((TRAINING, *PHASES), 4 * [training] + 3 * [probing], strict=True))
 
 
 def measured(job: Job, device: str) -> dict[str, float]:
-    """Seconds of the slice of every phase."""
+    """Seconds of the slice of every phase, and of training as a whole."""
     lm = RandomModel(job, device)
     config = run_config(job.workload)
     generator = generator_for(0, "tokens")
@@ -162,21 +166,31 @@ def measured(job: Job, device: str) -> dict[str, float]:
         make_families(state)
     train_slice(lm, buffer, states, job.warm_up, device)
     seconds = train_slice(lm, buffer, states, job.steps, device)
+    lm.seconds, started = None, now(device)
+    for _ in range(job.steps):
+        train_on(buffer.next_batch(), states)
+    seconds[TRAINING] = now(device) - started
     probe_slice(lm, states, job, device, texts=max(2, slice_texts(job) // 50))
     return seconds | probe_slice(lm, states, job, device, texts=slice_texts(job))
+
+
+def train_on(batch_BLD: Tensor, states: dict[int, TrainState]) -> None:
+    """One step of every SAE."""
+    for place, state in enumerate(states.values()):
+        train_step(state, batch_BLD[:, place])
 
 
 def train_slice(
     lm: RandomModel, buffer: ShuffleBuffer, states: dict[int, TrainState], steps: int, device: str
 ) -> dict[str, float]:
-    """Steps as the training loop takes them."""
+    """Seconds of the phases of so many steps. In the passes of the model, which the clock waits for, nothing else is
+    done; a run is quicker."""
     lm.seconds = reading = training = 0.0
     for _ in range(steps):
         started = now(device)
         batch_BLD = buffer.next_batch()
         read = now(device)
-        for place, state in enumerate(states.values()):
-            train_step(state, batch_BLD[:, place])
+        train_on(batch_BLD, states)
         reading, training = reading + read - started, training + now(device) - read
     return dict(zip(PHASES[:3], (lm.seconds, reading - lm.seconds, training), strict=True))
 

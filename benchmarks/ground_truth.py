@@ -34,6 +34,7 @@ from fipo.data.prepare import statistics as mean_and_scale
 from fipo.errors import UserError
 from fipo.export import save_sae
 from fipo.files import read_json, write_json
+from fipo.graphs import Beside
 from fipo.provenance import hardware, provenance
 from fipo.randomness import generator_for
 from fipo.records import require
@@ -49,6 +50,8 @@ JUDGED = {"mcc": "mcc", "explained_variance": "explained_variance"} | {
 }
 """Our measures, and where SAELens' evaluation has them."""
 
+DRAWN_AT_ONCE = 16
+"""Batches that a GPU draws in one go: drawing is bound by its start."""
 ALIKE = (0.0, 0.0, 0.0)
 """No latent is favoured."""
 MATRYOSHKA = Levels(
@@ -113,28 +116,26 @@ def config_of(method: dict[str, Any], latents: int, k: int, steps: int, rate: fl
 
 def train(
     configs: Sequence[RunConfig], truth: SyntheticModel, device: str = "cpu"
-) -> Iterator[tuple[TrainState, float]]:
-    """Train the runs of one seed in step, on the same tokens; gives every state with its seconds of training."""
+) -> list[tuple[TrainState, float | None]]:
+    """Train the runs of one seed in step, on the same tokens; gives every state with its seconds of training. On a GPU
+    they train beside one another, and none has a time of its own."""
     seed, workload = configs[0].seed, configs[0].workload
     first_BD = truth.sample(50_000, generator_for(seed, "statistics", device=device)).acts_BD
     mean_LD, scale_L = mean_and_scale(first_BD[:, None])
     states = [build_state(config, 0, mean_LD[0], scale_L[0].item(), device) for config in configs]
-    seconds = [0.0] * len(states)
-    generator = generator_for(seed, "data", device=device)
-    for sample in truth.batches(workload.train_tokens, workload.batch_tokens, generator):
-        for place, state in enumerate(states):
-            started = now(device)
-            train_step(state, sample.acts_BD)
-            seconds[place] += now(device) - started
-    return list(zip(states, seconds, strict=True))
-
-
-def now(device: str) -> float:
-    """Seconds: of this process's own work, or, on a GPU, of the clock once what was started there is done."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize(device)
-    return time.perf_counter()
+    lanes, seconds = [Beside(torch.device(device)) for _ in states], [0.0] * len(states)
+    generator, drawn = generator_for(seed, "data", device=device), 1 if device == "cpu" else DRAWN_AT_ONCE
+    for sample in truth.batches(workload.train_tokens, drawn * workload.batch_tokens, generator):
+        for acts_BD in sample.acts_BD.split(workload.batch_tokens):
+            for place, (state, lane) in enumerate(zip(states, lanes, strict=True)):
+                started = time.process_time()
+                lane.fork()
+                with lane.work():
+                    train_step(state, acts_BD)
+                seconds[place] += time.process_time() - started
+            for lane in lanes:
+                lane.join()
+    return list(zip(states, seconds if device == "cpu" else [None] * len(states), strict=True))
 
 
 def evaluate(state: TrainState, truth: SyntheticModel, tokens: int, device: str = "cpu") -> Recovery:
@@ -160,7 +161,8 @@ def run(names: Sequence[str], seed: int, truth: SyntheticModel, given: argparse.
             save_sae(folder, state.sae, model="none", layer=0, context=1, dataset="synthetic", beside=beside)
         scores = evaluate(state, truth, given.tokens, given.device)._asdict()
         scores = {key: None if math.isnan(value) else value for key, value in scores.items()}
-        yield {"method": name, "seed": seed, "k": k, **scores, "ms_per_step": 1000 * seconds / given.steps}
+        time_of_its_own = None if seconds is None else 1000 * seconds / given.steps
+        yield {"method": name, "seed": seed, "k": k, **scores, "ms_per_step": time_of_its_own}
 
 
 def judged(rows: list[Row], python: str, saved: Path, truth: Path, tokens: int) -> None:

@@ -16,7 +16,9 @@ from the smallest F to the largest, over the growth of the encoder's bfloat16 pr
 our step over that product.
 """
 
+import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -70,11 +72,12 @@ class Trainer:
             env=as_found(),
         )
 
-    def step(self) -> float:
-        """Seconds of one step; `RuntimeError` with the last line that it wrote where the process ends."""
+    def step(self, count: int = 1) -> float:
+        """Seconds of a step, the mean of so many; `RuntimeError` with the last line that it wrote where the process
+        ends."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
-            self.process.stdin.write("\n")
+            self.process.stdin.write(f"{count}\n")
             self.process.stdin.flush()
             answer = json.loads(self.process.stdout.readline())
         except (BrokenPipeError, ValueError) as error:
@@ -93,12 +96,9 @@ class Trainer:
         return self
 
     def turn(self) -> None:
-        """One step after a pause, then `TURN` seconds of steps, at least one; the mean of these is what counts."""
+        """A step after a pause and another, then `TURN` seconds of steps, at least one; their mean is what counts."""
         self.step()
-        counted = [self.step()]
-        while sum(counted) < TURN:
-            counted.append(self.step())
-        self.seconds.append(statistics.fmean(counted))
+        self.seconds.append(self.step(math.ceil(TURN / self.step())))
 
     def end(self) -> None:
         """Let the process go."""
@@ -268,20 +268,21 @@ def main() -> None:
     if unknown := [name for name in filter(None, given.shapes.split(",")) if name not in SHAPES]:
         raise UserError(f"--shapes {unknown[0]} is unknown; expected some of {', '.join(SHAPES)}, by commas")
     rows, tried, ratios = [], [], {}
-    for name in filter(None, given.shapes.split(",")):
+    wanted = list(itertools.product(filter(None, given.shapes.split(",")), ("topk", "batchtopk")))
+    starting = {}
+    if DEVICE == "cuda":  # its machine has room for all at once: they import while others are timed
+        starting = {(name, kind): start(SHAPES[name], kind, given.rivals) for name, kind in wanted}
+    for name, architecture in wanted:
         shape = SHAPES[name]
-        gemm = gemm_row(shape, given.rounds)
-        rows.append(gemm)
-        starting = {"topk": start(shape, "topk", given.rivals)}
-        if DEVICE == "cuda":  # its machine has room for all at once
-            starting["batchtopk"] = start(shape, "batchtopk", given.rivals)
-        for architecture in ("topk", "batchtopk"):
-            what = "{} D={} F={:,} B={:,} K={}".format(architecture, *shape)
-            started = starting.get(architecture) or start(shape, architecture, given.rivals)
-            more, settings = step_rows(started, what, shape[2], given.rounds)
-            rows, tried, ratios = rows + more, tried + settings, ratios | compared(more, architecture, name)
-            ratios[f"step_over_encoder_gemm_{architecture}_{name}"] = more[0]["ms a step"] / gemm["ms a step"]
-            publish("train_step", rows + tried, ratios, given.json, so_far=True)
+        if architecture == "topk":
+            gemm = gemm_row(shape, given.rounds)
+            rows.append(gemm)
+        started = starting.get((name, architecture)) or start(shape, architecture, given.rivals)
+        what = "{} D={} F={:,} B={:,} K={}".format(architecture, *shape)
+        more, settings = step_rows(started, what, shape[2], given.rounds)
+        rows, tried, ratios = rows + more, tried + settings, ratios | compared(more, architecture, name)
+        ratios[f"step_over_encoder_gemm_{architecture}_{name}"] = more[0]["ms a step"] / gemm["ms a step"]
+        publish("train_step", rows + tried, ratios, given.json, so_far=True)
     if given.penalty:
         more, shares = penalty_rows(SHAPES["gemma_16k" if DEVICE == "cuda" else "16k"], given.rounds)
         rows, ratios = rows + more, ratios | shares

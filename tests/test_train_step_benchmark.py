@@ -66,9 +66,10 @@ def test_a_turn_is_a_second_of_steps_after_the_first(monkeypatch):
         def __init__(self):
             self.name, self.setting, self.seconds, self.peak, self.before, self.steps = "fipo", "pairs", [], 1, 0, 0
 
-        def step(self):
-            self.steps += 1
-            return self.steps / 10
+        def step(self, count=1):
+            """A tenth of a second longer each; the mean of so many."""
+            self.steps += count
+            return (self.steps - (count - 1) / 2) / 10
 
         def end(self):
             """There is no process."""
@@ -76,8 +77,8 @@ def test_a_turn_is_a_second_of_steps_after_the_first(monkeypatch):
     monkeypatch.setattr(bench, "TURN", 1.0)
     clock = Clock()
     rows, _ = bench.step_rows({"fipo": [clock]}, "toy", 32, 3)
-    # Two steps to warm up; .4 and .5 and .6 after .3, .8 and .9 after .7, 1.1 after 1.0.
-    assert clock.seconds == pytest.approx([0.5, 0.85, 1.1]) and rows[0]["ms a step"] == pytest.approx(850)
+    # Two steps to warm up; three from .5 on after .3 and .4, two from 1.0 on after .8 and .9, one after 1.2 and 1.3.
+    assert clock.seconds == pytest.approx([0.6, 1.05, 1.4]) and rows[0]["ms a step"] == pytest.approx(1050)
 
 
 def test_growth_is_measured_against_the_encoders_product():
