@@ -50,6 +50,8 @@ JUDGED = {"mcc": "mcc", "explained_variance": "explained_variance"} | {
 }
 """Our measures, and where SAELens' evaluation has them."""
 
+BATCH = 1024
+"""Tokens of a step, where nothing else is said."""
 DRAWN_AT_ONCE = 16
 """Batches that a GPU draws in one go: drawing is bound by its start."""
 ALIKE = (0.0, 0.0, 0.0)
@@ -89,12 +91,15 @@ squared norms; there each is drawn by itself, here one draw moves all. `favour` 
 it. `sparsity` is λ_s, chosen for an L0 near 6 on the
 model of 1,024 features."""
 
+SETTINGS = ("features", "width", "steps", "batch", "rate", "tokens")
 SHOWN = ("mcc", "f1", "precision", "recall", "explained_variance", "absorption", "composition", "uniqueness")
 SHOWN += ("mean_max_cosine", "dead_share", "l0", "ms_per_step")
 
 
-def config_of(method: dict[str, Any], latents: int, k: int, steps: int, rate: float, seed: int) -> RunConfig:
-    """The run of a method in batches of 1,024 tokens."""
+def config_of(
+    method: dict[str, Any], latents: int, k: int, steps: int, rate: float, seed: int, batch: int = BATCH
+) -> RunConfig:
+    """The run of a method."""
     method = dict(method)
     workload = Workload(
         name="synthetic",
@@ -106,8 +111,8 @@ def config_of(method: dict[str, Any], latents: int, k: int, steps: int, rate: fl
         k=k,
         sparsity_penalty=method.pop("sparsity", 0.0),
         learning_rate=rate,
-        batch_tokens=1024,
-        train_tokens=1024 * steps,
+        batch_tokens=batch,
+        train_tokens=batch * steps,
         dead_tokens=200_000,
     )
     defaults = {"run": "run_x", "seed": seed, "architecture": "batchtopk", "aux_weight": 0.03125, "workload": workload}
@@ -148,7 +153,7 @@ def run(names: Sequence[str], seed: int, truth: SyntheticModel, given: argparse.
     """The rows of one seed, at every k where there is such a budget; all train in step."""
     latents = len(truth.mean_G) // 4
     pairs = {
-        (name, k): config_of(METHODS[name], latents, k, given.steps, given.rate, seed)
+        (name, k): config_of(METHODS[name], latents, k, given.steps, given.rate, seed, given.batch)
         for k in given.k
         for name in names
     }
@@ -240,6 +245,9 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
     """Rows of several results as one result; settings must be the same, and no row may come twice. Of results from
     several machines times are left out."""
     results = [read_json(file) for file in files]
+    for result in results:
+        if isinstance(result, dict) and isinstance(result.get("settings"), dict):
+            result["settings"] = {"batch": BATCH} | result["settings"]  # earlier ones had no other and did not say so
     rows: dict[tuple[Any, ...], Row] = {}
     for file, result in zip(files, results, strict=True):
         whole = isinstance(result, dict) and {"settings", "git_revision", "rows", "hardware"} <= result.keys()
@@ -283,6 +291,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="D of the activations")
     parser.add_argument("--k", nargs="+", type=int, default=[8, 12, 16, 20], help="active latents a token")
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=BATCH, help="tokens of a step")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens to evaluate on")
     parser.add_argument("--truth", type=Path, help="where the truth is kept between calls")
@@ -314,7 +323,7 @@ def main() -> None:
         return
     truth = the_truth(given.features, given.width, given.truth).to(given.device)
     rows: list[Row] = []
-    settings = {name: getattr(given, name) for name in ("features", "width", "steps", "rate", "tokens")}
+    settings = {name: getattr(given, name) for name in SETTINGS}
     result = {"name": "ground_truth", "settings": settings, "hardware": hardware(given.device), **provenance()}
     for seed in given.seeds:
         for row in run(given.methods, seed, truth, given):

@@ -25,6 +25,8 @@ from fipo.sparse import row_products
 def bucket_numbers(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
     """Bucket of every row in every table, [F, T] int64 in 0 .. 2^S - 1."""
     projected_FTS = project(rows_FD, planes_DTS, autocast)
+    if rows_FD.device.type != "cpu":  # a GPU is given few kernels
+        return ((projected_FTS > 0) * 2 ** torch.arange(planes_DTS.shape[2], device=rows_FD.device)).sum(2)
     numbers_FT = torch.zeros(projected_FTS.shape[:2], dtype=torch.int64, device=rows_FD.device)
     for bit in range(projected_FTS.shape[2]):  # at once they would take several times the memory of the projection
         numbers_FT += (projected_FTS[..., bit] > 0) * 2**bit
@@ -41,7 +43,7 @@ def project(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
     if not autocast:
         return (rows_FD @ planes_DK).unflatten(1, planes_DTS.shape[1:])
     projected_FK = torch.empty(rows_FD.shape[0], planes_DK.shape[1], dtype=torch.bfloat16, device=rows_FD.device)
-    parts = 64 if rows_FD.device.type == "cpu" else 16  # a GPU is given few kernels
+    parts = 64 if rows_FD.device.type == "cpu" else 1
     planes_DK, size = planes_DK.bfloat16(), max(32, rows_FD.shape[0] // parts)
     with torch.autocast(rows_FD.device.type, dtype=torch.bfloat16):
         for part_ND, result_NK in zip(rows_FD.split(size), projected_FK.split(size), strict=True):
@@ -102,7 +104,8 @@ def candidate_pairs(
         queues = BucketQueues(len(tables_N) * 2**bits, capacity, device=unit_FD.device)
         queue_FN = buckets_FN + tables_N * 2**bits
         queues.offer(
-            *(of_FN.expand_as(queue_FN).flatten() for of_FN in (queue_FN, sorted_F[:, None], numbers_F[:, None]))
+            *(of_FN.expand_as(queue_FN).flatten() for of_FN in (queue_FN, sorted_F[:, None], numbers_F[:, None])),
+            ordered=True,
         )
         held_QC = queues.items_QC
         row_N = held_QC.flatten() % (latents + 1)  # an empty place is -1: the last row, all zeros

@@ -1,8 +1,8 @@
 """L_rec: the levels of the nested reconstruction, their errors and the gradient of these (METHOD 4b).
 
-One pass forward and one backward over the levels, with the same result in plain torch and, token by token, in compiled
-loops (`fipo.native`) or a Triton kernel (`fipo.kernels`). Shapes: B tokens, D model width, F latents, M levels, N
-active codes, S ends of segments.
+One pass forward and one backward over the levels, with the same result in plain torch, in compiled loops
+(`fipo.native`, token by token) and in Triton kernels (`fipo.kernels`). Shapes: B tokens, D model width, F latents, M
+levels, N active codes, S ends of segments.
 """
 
 from types import ModuleType
@@ -50,7 +50,7 @@ def token_weights(residual_BD: Tensor, robust: float) -> Tensor:
 
 
 class _PairsError(torch.autograd.Function):
-    """Both at once, token by token (fipo.native, fipo.kernels): the parts are never built, their gradients are."""
+    """Both at once (fipo.native, fipo.kernels); of the parts no more than their gradients is kept."""
 
     @staticmethod
     def forward(

@@ -107,16 +107,19 @@ class BucketQueues:
         self.keys_QC = torch.full((queues, capacity), EMPTY, device=device)
         self.items_QC = torch.full((queues, capacity), -1, dtype=torch.int64, device=device)
 
-    def offer(self, queue_B: Tensor, keys_B: Tensor, items_B: Tensor) -> None:
-        """Offer item b with key b to queue `queue_B[b]`; items are numbers >= 0.
+    def offer(self, queue_B: Tensor, keys_B: Tensor, items_B: Tensor, *, ordered: bool = False) -> None:
+        """Offer item b with key b to queue `queue_B[b]`; items are numbers >= 0. `ordered`: keys fall from b to b.
 
         The batch is sorted by queue and key and laid out as one row a queue, cut to C; one `topk` over
         [held, new] then serves all queues. No loop over queues or items.
         """
         queues, capacity = self.keys_QC.shape
-        by_key_B = keys_B.argsort(descending=True, stable=True)
-        sorted_B, starts_S = grouped(queue_B[by_key_B], queues)
-        order_B = by_key_B[sorted_B]
+        if ordered:
+            order_B, starts_S = grouped(queue_B, queues)
+        else:
+            by_key_B = keys_B.argsort(descending=True, stable=True)
+            sorted_B, starts_S = grouped(queue_B[by_key_B], queues)
+            order_B = by_key_B[sorted_B]
         row_B = queue_B[order_B]
         column_B = torch.arange(row_B.shape[0], device=row_B.device) - starts_S[row_B]
         fits_B = column_B < capacity

@@ -11,7 +11,7 @@ from torch import Tensor
 
 LONGEST = 4096
 """Numbers of a row that `largest` can hold."""
-_CHUNK = 4096
+_CHUNK = 2048
 """Numbers of a program of `largest_of_batch`."""
 _NUMBERS = 32_768
 """Numbers that are not negative."""
