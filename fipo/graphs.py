@@ -46,6 +46,8 @@ class StepGraphs:
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.beside = Beside(device)
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._met: set[Hashable] = set()
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._tensors: list[Tensor] = []
@@ -83,9 +85,12 @@ class StepGraphs:
     def _record(self, step: Callable[..., Any], plan: Hashable, generator: torch.Generator) -> None:
         if len(self._recorded) == KEPT:
             self._recorded.clear()
+        # On a stream of its own: what is recorded on one shares the memory in which cuBLAS works, and the recordings of
+        # several states may run beside one another.
+        self._stream = self._stream or torch.cuda.Stream(self._device)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(generator)
         pool = next(iter(self._recorded.values()))[0].pool() if self._recorded else None
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
             result = step(*self._tensors, *self._numbers)
         self._recorded[plan] = graph, result

@@ -1,5 +1,6 @@
 """fipo.kernels against the torch code that they stand for: on a GPU where there is one, else in an interpreter."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ pytest.importorskip("triton")
 
 from fipo import kernels, reconstruction, search, sparse, train, update  # noqa: E402
 from fipo.config import LSH, Optimiser, RunConfig  # noqa: E402
-from fipo.graphs import StepGraphs  # noqa: E402
+from fipo.graphs import Beside, StepGraphs  # noqa: E402
 from fipo.state import build_state  # noqa: E402
 from fipo.train import compute, numbers_of, padded, plan_of, train_step  # noqa: E402
 
@@ -158,6 +159,20 @@ def test_nested_error_and_its_gradient(levels, s, plain, robust, behind, by_kern
         for ours, theirs in zip(found, expected, strict=True):
             ours, theirs = (part[real_N] if part.shape == real_N.shape else part for part in (ours, theirs))
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_no_pair_has_a_bag_beyond_the_last(monkeypatch, by_kernels):
+    """Which 16 bits might not hold: those that belong to no token have one bag, behind all others."""
+    seen = []
+
+    def grouped(group_N, groups):
+        seen.append((group_N.max().item(), groups))
+        return sparse.grouped(group_N, groups)
+
+    by_kernels(True)
+    monkeypatch.setattr(kernels.loss, "grouped", grouped)
+    error_and_gradients(some_codes(50), 5, 0.5, 0.0, 1.0)
+    assert seen == [(35, 35)]
 
 
 def test_rows_are_scaled_and_rounded_once():
@@ -374,6 +389,47 @@ def test_a_gpu_training_follows_a_processor_s():
         reports = [train_step(state, acts_BD.to(state.sae.dec_FD.device)) for state in states]
     assert reports[1].fvu == pytest.approx(reports[0].fvu, rel=1e-3)
     assert torch.allclose(states[1].sae.dec_FD.cpu(), states[0].sae.dec_FD, atol=1e-3)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_states_trained_beside_one_another_are_those_trained_alone():
+    found = []
+    for beside in (False, True):
+        states = [
+            build_state(sparse_config(name, steps=40, optimiser=Optimiser()), 0, torch.zeros(toys.WIDTH), 1.0, "cuda")
+            for name in ("run_6", "batchtopk", "run_6")
+        ]
+        lanes = [Beside(torch.device("cuda", 0) if beside else None) for _ in states]
+        for acts_BD in (acts_BD.cuda() for acts_BD in toys.activations(30)):
+            for lane, state in zip(lanes, states, strict=True):
+                lane.fork()
+                with lane.work():
+                    train_step(state, acts_BD)
+            for lane in lanes:
+                lane.join()
+        found.append([state.state_dict() for state in states])
+    for alone, together in zip(*found, strict=True):
+        assert [key for key in alone if not torch.equal(alone[key], together[key])] == []
+
+
+def test_every_state_records_on_a_stream_of_its_own(monkeypatch):
+    """A twin of the above: what is recorded on one stream shares cuBLAS' memory."""
+    streams = []
+
+    @contextmanager
+    def recording(_graph, *, stream, **_pool):
+        streams.append(stream)
+        yield
+
+    graph = SimpleNamespace(register_generator_state=lambda _generator: None, pool=lambda: 1)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: object())
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    for graphs in (StepGraphs(), StepGraphs()):
+        for plan in "ab":
+            graphs._record(lambda: None, plan, toys.seeded())
+    assert streams[0] is streams[1] and streams[2] is streams[3] and streams[0] is not streams[2]
 
 
 def test_recordings_of_another_shape_begin_anew(monkeypatch):

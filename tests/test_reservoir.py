@@ -160,7 +160,8 @@ def test_bucket_queues_equal_heapq_nlargest_over_several_offers(seed, count, cap
     queues, offered = BucketQueues(count, capacity), [[] for _ in range(count)]
     keys = chance.sample(range(-500, 500), 120)
     for start, end in ((0, 50), (50, 51), (51, 120)):
-        batch_keys = keys[start:end]
+        falling = start == 51
+        batch_keys = sorted(keys[start:end], reverse=True) if falling else keys[start:end]
         match case:
             case "random":
                 where = [chance.randrange(count) for _ in batch_keys]
@@ -170,7 +171,8 @@ def test_bucket_queues_equal_heapq_nlargest_over_several_offers(seed, count, cap
                 where = [2 * chance.randrange((count + 1) // 2) for _ in batch_keys]
         for item, (queue, key) in enumerate(zip(where, batch_keys, strict=True), start):
             offered[queue].append((float(key), item))
-        queues.offer(torch.tensor(where), torch.tensor(batch_keys).float(), torch.arange(start, end))
+        items_B = torch.arange(start, end)
+        queues.offer(torch.tensor(where), torch.tensor(batch_keys).float(), items_B, ordered=falling)
         assert_queues_equal_heapq(queues, offered, capacity)
 
 

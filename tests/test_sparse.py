@@ -6,13 +6,13 @@ import pytest
 import torch
 import toys
 
-from fipo import sparse
+from fipo import activations, sparse
 from fipo.activations import BatchTopK, TopK, build_activation
 from fipo.decoding import decode_levels
 from fipo.importance import ImportanceEMA
 from fipo.levels import latent_levels, ranks
 from fipo.search import _partitioned, largest_of_rows
-from fipo.sparse import Codes, affine, attach, grouped, pairs_of, positive, row_products, sum_rows
+from fipo.sparse import Codes, affine, attach, grouped, pairs, pairs_of, positive, row_products, sum_rows
 from fipo.state import TrainState
 from fipo.train import train_step
 
@@ -72,10 +72,30 @@ def test_of_equal_numbers_the_first_are_found(shape, k):
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 1.0, 1.2, 1.5, 2.0, 100.0])
 @pytest.mark.parametrize("k", [1, 3, 8, 11, 40, 60])
-def test_running_threshold_never_changes_the_pairs(threshold, k):
+def test_the_least_code_of_the_last_batch_never_changes_the_pairs(threshold, k):
     activation, pre_BF = BatchTopK(LATENTS, k), pre_codes()
-    activation.threshold.fill_(threshold)
+    activation.latest.fill_(threshold)
     assert torch.equal(activation(pre_BF, as_pairs=True).dense(), activation(pre_BF))
+
+
+def test_the_search_begins_just_below_the_least_code_of_the_last_batch(monkeypatch):
+    activation, floors = BatchTopK(LATENTS, 3), []
+    found = activations.largest_of_batch
+    monkeypatch.setattr(activations, "largest_of_batch", lambda *given: floors.append(given[2].item()) or found(*given))
+    least = []
+    for seed in (1, 2, 3):
+        codes = activation(pre_codes(seed), as_pairs=True)
+        activation.observe(codes)
+        least.append(codes.values_N.min().item())
+    assert least[0] != least[1] and floors == pytest.approx([0.0, 0.95 * least[0], 0.95 * least[1]])
+    assert "latest" not in activation.state_dict()
+
+
+def test_pairs_say_where_every_token_starts_and_zeros_behind_them_belong_to_none():
+    token_N, latent_N = torch.tensor([0, 0, 2, 1, 3]), torch.tensor([4, 1, 0, 2, 2])
+    values_N = torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0])
+    assert pairs(values_N, token_N, latent_N, 4, 5, torch.tensor(3)).starts_S.tolist() == [0, 2, 2, 3, 3]
+    assert pairs(values_N[:3], token_N[:3], latent_N[:3], 4, 5).starts_S.tolist() == [0, 2, 2, 3, 3]
 
 
 @pytest.mark.parametrize("name", SPARSE)

@@ -35,7 +35,7 @@ def nested_error(
     what it is to be divided by, is one number a pair. Pairs behind the last start belong to no token."""
     (batch, width), device = x_BD.shape, x_BD.device
     token_N = torch.searchsorted(starts_S, torch.arange(len(values_N), device=device), right=True) - 1
-    bag_N = token_N * levels + level_F[latent_N]
+    bag_N = (token_N * levels + level_F[latent_N]).clamp_max(batch * levels)  # one for all that belong to no token
     order_N, starts_R = grouped(bag_N, batch * levels)
     parts_RD = sum_rows(dec_FD, latent_N[order_N], values_N[order_N], starts_R, dec_FD.dtype)
     slices = triton.cdiv(width, WIDTH)
