@@ -170,8 +170,11 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """JSON as the standard has it; whatever it does not allow is a `ValueError`."""
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_twins)
+    """JSON as the standard has it; whatever it does not allow, and half a character, is a `ValueError`."""
+    value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_twins)
+    if "\\u" in text:
+        json.dumps(value, ensure_ascii=False).encode()  # of one half of a pair ("\\ud800") no text can be made
+    return value
 
 
 def _refuse_constant(name: str) -> None:

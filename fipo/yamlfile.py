@@ -1,9 +1,10 @@
 """YAML, for configs: plain values in, plain values out.
 
 Refused: tags, which could build objects; aliases, with which a page of text names more values than fit into memory; a
-key given twice; and files far larger than any config.
+key given twice; half a character; and files far larger than any config.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it is larger than {LARGEST >> 10} kB")
         values = _Plain(path.read_text(encoding="utf-8")).get_single_data()
+        json.dumps(values, ensure_ascii=False, default=str).encode()  # half a character ("\\ud800") is a ValueError
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:

@@ -115,7 +115,7 @@ def test_json_refuses_nan_and_keeps_the_old_file(tmp_path):
     assert read_json(tmp_path / "a.json") == 1
 
 
-STRANGE = ["NaN", '{"a": -Infinity}', "1e999", '{"a": 1, "a": 1}', "9" * 5000]
+STRANGE = ["NaN", '{"a": -Infinity}', "1e999", '{"a": 1, "a": 1}', "9" * 5000, '{"a": "\\ud800"}']
 
 
 @pytest.mark.parametrize("text", ["{", "", "[" * 100_000, "\ud800", *STRANGE])
@@ -123,6 +123,11 @@ def test_damaged_json_is_a_user_error_that_names_it(tmp_path, text):
     (tmp_path / "a.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(UserError, match="a.json is not readable JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_character_of_two_halves_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('["\\ud83d\\ude00", "\\u00e9"]')
+    assert read_json(tmp_path / "a.json") == ["\U0001f600", "é"]
 
 
 def test_json_beyond_all_measure_is_not_read(tmp_path):

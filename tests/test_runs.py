@@ -160,6 +160,7 @@ def test_saved_config_keeps_a_section_off_that_the_run_file_has_on(tmp_path):
         ("seed: 1\nseed: 2", "config.yaml is not readable YAML: key 'seed' is given twice"),
         ("lsh: {bits: 1, bits: 2}", "config.yaml is not readable YAML: key 'bits' is given twice"),
         ("[" * 10_000, "config.yaml is not readable YAML"),
+        ('run: "\\ud800"', "config.yaml is not readable YAML"),
         ("seed: 1" + " " * 300_000, "config.yaml is not readable YAML: it is larger than 256 kB"),
         ("seed: " + "9" * 30, "seed is 9999.*; expected an integer of at most 64 bits"),
         ("seed: " + "x" * 3000, "seed is 'x+\\.\\.\\.; expected int"),
