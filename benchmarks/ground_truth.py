@@ -52,8 +52,8 @@ JUDGED = {"mcc": "mcc", "explained_variance": "explained_variance"} | {
 
 BATCH = 1024
 """Tokens of a step, where nothing else is said."""
-DRAWN_AT_ONCE = 16
-"""Batches that a GPU draws in one go: drawing is bound by its start."""
+DRAWN_AT_ONCE = 16_384
+"""Tokens that a GPU draws in one go, where a batch has fewer: drawing is bound by its start."""
 ALIKE = (0.0, 0.0, 0.0)
 """No latent is favoured."""
 MATRYOSHKA = Levels(
@@ -129,7 +129,10 @@ def train(
     mean_LD, scale_L = mean_and_scale(first_BD[:, None])
     states = [build_state(config, 0, mean_LD[0], scale_L[0].item(), device) for config in configs]
     lanes, seconds = [Beside(torch.device(device)) for _ in states], [0.0] * len(states)
-    generator, drawn = generator_for(seed, "data", device=device), 1 if device == "cpu" else DRAWN_AT_ONCE
+    generator, drawn = (
+        generator_for(seed, "data", device=device),
+        1 if device == "cpu" else max(1, DRAWN_AT_ONCE // workload.batch_tokens),
+    )
     for sample in truth.batches(workload.train_tokens, drawn * workload.batch_tokens, generator):
         for acts_BD in sample.acts_BD.split(workload.batch_tokens):
             for place, (state, lane) in enumerate(zip(states, lanes, strict=True)):

@@ -270,8 +270,11 @@ def main() -> None:
     rows, tried, ratios = [], [], {}
     wanted = list(itertools.product(filter(None, given.shapes.split(",")), ("topk", "batchtopk")))
     starting = {}
-    if DEVICE == "cuda":  # its machine has room for all at once: they import while others are timed
+    if DEVICE == "cuda":  # its machine has room for all at once
         starting = {(name, kind): start(SHAPES[name], kind, given.rivals) for name, kind in wanted}
+        for trainer in (one for started in starting.values() for trainers in started.values() for one in trainers):
+            with suppress(RuntimeError):
+                trainer.step(0)  # when all have imported what they need, the clocks may start
     for name, architecture in wanted:
         shape = SHAPES[name]
         if architecture == "topk":

@@ -5,9 +5,9 @@ benchmarks/train_step.py.
 
 Trainers are `saelens`, `dictionary_learning`, `sparsify` and ours, `fipo`. Each runs the step of its own training loop
 on the same Gaussian batches [B, D], without the language model, its log and its progress bar. A setting is the name of
-a way to run it (`SETTINGS`); the first line builds the trainer. The answer to a line is the mean time of its steps, on
-a GPU until the last of them is done, and the memory of the process, as JSON: `seconds`, `peak` bytes since it began,
-`before` bytes, held when all was imported and a toy had taken a step.
+a way to run it (`SETTINGS`); the first line that asks for steps builds the trainer. The answer to a line is the mean
+time of its steps, on a GPU until the last of them is done, and the memory of the process, as JSON: `seconds`, `peak`
+bytes since it began, `before` bytes, held when all was imported and a toy had taken a step.
 """
 
 import itertools
@@ -180,15 +180,16 @@ def main() -> None:
     torch.manual_seed(0)  # the toy drew numbers: from here on all trainers meet the same
     step: Step | None = None
     for line in sys.stdin:
-        if step is None:
+        count = int(line)
+        if step is None and count:
             batches = itertools.cycle([torch.randn(batch, width).to(DEVICE) for _ in range(4)])
             step = TRAINERS[trainer](architecture, setting, (width, latents, batch, k))
         waited_for()
         started, shares = time.perf_counter(), 0.0
-        for _ in range(int(line)):
+        for _ in range(count):
             shares += step(next(batches)) or 0.0
         waited_for()
-        seconds = (time.perf_counter() - started + shares) / int(line)
+        seconds = (time.perf_counter() - started + shares) / max(1, count)
         answer = {"seconds": seconds, "peak": memory("VmHWM"), "before": before}
         print(json.dumps(answer), file=answers, flush=True)
 

@@ -122,9 +122,9 @@ class BatchTopK(Activation):
         return codes_BF if favour_F is None else codes_BF / favour_F
 
     def _boundary(self, pre_BF: Tensor, count: int) -> Tensor:
-        """The count-th largest value. Values far below the running threshold cannot matter, so they are sorted out
-        first; when too few remain the whole batch is searched: the answer is the same, only the time differs."""
-        candidates = pre_BF[pre_BF > 0.7 * self.threshold.to(pre_BF.dtype)]
+        """The count-th largest value. Values below the last boundary hardly matter, so they are sorted out first; when
+        too few remain the whole batch is searched: the answer is the same, only the time differs."""
+        candidates = pre_BF[pre_BF > 0.95 * self.latest.to(pre_BF.dtype)]
         if candidates.numel() < count:
             candidates = pre_BF.flatten()
         return candidates.topk(count, sorted=False).values.min()

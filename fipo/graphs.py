@@ -19,7 +19,7 @@ KEPT = 4
 
 class Beside:
     """Work that the rest of a step need not wait for: on a GPU on a stream of its own; elsewhere, and where `device` is
-    None, in its turn. Tensors that it reads have to be held until `join`."""
+    None, in its turn. What it reads has to be held until `join`, what it makes for the rest until the next `fork`."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
@@ -45,15 +45,17 @@ class StepGraphs:
     """The recordings of one state's steps. A plan's first step on these shapes is none: kernels are compiled in it."""
 
     def __init__(self, device: torch.device | None = None) -> None:
-        self.beside = Beside(device)
-        self._device = device
-        self._stream: torch.cuda.Stream | None = None
+        self.device, self.beside = device, Beside(device)
         self._met: set[Hashable] = set()
         self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._tensors: list[Tensor] = []
         self._numbers: list[Tensor] = []
         self.padded: tuple[Tensor, Tensor] | None = None
         """Candidate pairs, and those filled up (`fipo.train.padded`)."""
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "StepGraphs":
+        """None of them: they work on the tensors of this state."""
+        return StepGraphs(self.device)
 
     def run(
         self,
@@ -85,12 +87,17 @@ class StepGraphs:
     def _record(self, step: Callable[..., Any], plan: Hashable, generator: torch.Generator) -> None:
         if len(self._recorded) == KEPT:
             self._recorded.clear()
-        # On a stream of its own: what is recorded on one shares the memory in which cuBLAS works, and the recordings of
-        # several states may run beside one another.
-        self._stream = self._stream or torch.cuda.Stream(self._device)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(generator)
         pool = next(iter(self._recorded.values()))[0].pool() if self._recorded else None
-        with torch.cuda.graph(graph, pool=pool, stream=self._stream):
-            result = step(*self._tensors, *self._numbers)
+        # The memory in which cuBLAS works is one for all that is recorded on a stream, and in the pool of the first of
+        # them: the recordings of several states would share it, and lose it with one of them (pytorch issue 193402).
+        torch._C._cuda_clearCublasWorkspaces()
+        with torch.cuda.graph(graph, pool=pool):
+            try:
+                result = step(*self._tensors, *self._numbers)
+            except BaseException:
+                self.beside.join()  # else the end of the recording fails too, and that is what is told
+                raise
+        torch._C._cuda_clearCublasWorkspaces()
         self._recorded[plan] = graph, result

@@ -143,11 +143,12 @@ class _NestedError(torch.autograd.Function):
         parts_BMD: Tensor, bias_D: Tensor, x_BD: Tensor, stop_gradient: float | Tensor, plain: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """g, x - x̂_M and every level's squared error, summed over B and D, [M]."""
-        levels, passed = range(parts_BMD.shape[1]), 1 - float(stop_gradient)
+        levels, on_gpu = range(parts_BMD.shape[1]), x_BD.is_cuda
+        passed = 1 - (stop_gradient if on_gpu else float(stop_gradient))  # to ask a GPU is to wait for it
         grad_BMD, left_BD = torch.empty_like(parts_BMD), torch.empty_like(x_BD)
         squares_M, c = x_BD.new_zeros(len(levels)), 2 / parts_BMD.numel()
         whole = (parts_BMD, x_BD, grad_BMD, left_BD)
-        tokens = _TOKENS if x_BD.device.type == "cpu" else max(1, len(x_BD))
+        tokens = max(1, len(x_BD)) if on_gpu else _TOKENS
         for part_NMD, x_ND, grad_NMD, left_ND in zip(*(rows.split(tokens) for rows in whole), strict=True):
             residual_MND = x_BD.new_empty(len(levels), *x_ND.shape)
             last_ND = torch.sub(c * bias_D, x_ND, alpha=c)
@@ -157,7 +158,10 @@ class _NestedError(torch.autograd.Function):
             squares_M += torch.linalg.vector_norm(residual_MND, dim=(1, 2)).pow(2)
             plain_ND = len(levels) * plain * last_ND if plain else None
             for level in levels[-2::-1]:
-                residual_MND[level].add_(residual_MND[level + 1], alpha=passed)
+                if on_gpu:
+                    residual_MND[level] += passed * residual_MND[level + 1]
+                else:
+                    residual_MND[level].add_(residual_MND[level + 1], alpha=passed)
             if plain_ND is not None:
                 residual_MND.mul_(1 - plain).add_(plain_ND)
             grad_NMD.copy_(residual_MND.transpose(0, 1))

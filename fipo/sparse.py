@@ -41,9 +41,10 @@ class Codes(NamedTuple):
     order_N: Tensor
     """The pairs sorted by latent."""
     ends_S: Tensor
-    """Where in `order_N` the pairs of every latent start, and N."""
+    """Where in `order_N` the pairs of every latent start, and N: [F + 1]."""
     starts_S: Tensor
-    """Where the pairs of every token start, and where the last of them end; behind that, on a GPU, stand zeros."""
+    """Where the pairs of every token start, and where the last of them end: [B + 1]. Behind that, on a GPU, stand
+    zeros."""
     batch: int
     """B."""
 

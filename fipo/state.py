@@ -57,9 +57,8 @@ class TrainState:
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state_dict` gave, in place; anything else is refused."""
         check_tensors(tensors, self._expected(tensors), "checkpoint")
-        self.graphs = (
-            StepGraphs(self.sae.dec_FD.device) if self.graphs else None
-        )  # they were made for tensors that are now replaced
+        if self.graphs is not None:  # recordings were made for tensors that are now replaced
+            self.graphs = StepGraphs(self.graphs.device)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

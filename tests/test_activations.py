@@ -84,7 +84,7 @@ def test_batchtopk_keeps_exactly_the_k_b_largest(seed):
 def test_running_threshold_never_changes_a_training_code(threshold, k):
     """The shortcut in the search: below, near and above the true boundary."""
     activation, pre_BF = BatchTopK(11, k), pre_codes()
-    activation.threshold.fill_(threshold)
+    activation.latest.fill_(threshold)
     assert torch.equal(activation(pre_BF), brute_batchtopk(pre_BF, k))
 
 

@@ -1,5 +1,6 @@
 """fipo.kernels against the torch code that they stand for: on a GPU where there is one, else in an interpreter."""
 
+import copy
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -159,6 +160,14 @@ def test_nested_error_and_its_gradient(levels, s, plain, robust, behind, by_kern
         for ours, theirs in zip(found, expected, strict=True):
             ours, theirs = (part[real_N] if part.shape == real_N.shape else part for part in (ours, theirs))
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_activations_may_be_of_any_layout(by_kernels):
+    by_kernels(True)
+    codes, dec_FD, bias_D, x_BD = some_codes(0), drawn(40, 300), drawn(300, seed=1), drawn(7, 300, seed=2)
+    found = [reconstruction.reconstruction_error(codes, dec_FD, bias_D, x)[1] for x in (x_BD, x_BD.T.contiguous().T)]
+    assert torch.equal(*found)
+    assert torch.equal(*(kernels.scaled_rows(x, drawn(7), torch.float32) for x in (x_BD, x_BD.T.contiguous().T)))
 
 
 def test_no_pair_has_a_bag_beyond_the_last(monkeypatch, by_kernels):
@@ -394,42 +403,75 @@ def test_a_gpu_training_follows_a_processor_s():
 @pytest.mark.gpu
 @needs_gpu
 def test_states_trained_beside_one_another_are_those_trained_alone():
-    found = []
+    """Products large enough to need memory of their own, and all of them at once: each lane begins by waiting."""
+    found, batches = [], toys.activations(24, batch=4096, width=256)
+    text = replace(toys.workload().text, buffer_tokens=4096)
+    sizes = {"batch_tokens": 4096, "train_tokens": 4096 * 40, "latents": 2048, "k": 32, "dead_tokens": 20_000}
+    workload = toys.workload(text=text, **sizes)
+    configs = [
+        replace(sparse_config(name, optimiser=Optimiser()), workload=workload) for name in ("run_6", "batchtopk")
+    ]
+    configs[0] = replace(configs[0], lsh=replace(configs[0].lsh, partners=2))
     for beside in (False, True):
-        states = [
-            build_state(sparse_config(name, steps=40, optimiser=Optimiser()), 0, torch.zeros(toys.WIDTH), 1.0, "cuda")
-            for name in ("run_6", "batchtopk", "run_6")
-        ]
+        states = [build_state(config, 0, torch.zeros(256), 1.0, "cuda") for config in [*configs, configs[0]]]
         lanes = [Beside(torch.device("cuda", 0) if beside else None) for _ in states]
-        for acts_BD in (acts_BD.cuda() for acts_BD in toys.activations(30)):
+        for acts_BD in (acts_BD.cuda() for acts_BD in batches):
             for lane, state in zip(lanes, states, strict=True):
                 lane.fork()
                 with lane.work():
+                    torch.cuda._sleep(10**7)
                     train_step(state, acts_BD)
             for lane in lanes:
                 lane.join()
+        assert all(state.graphs._recorded for state in states)
         found.append([state.state_dict() for state in states])
     for alone, together in zip(*found, strict=True):
         assert [key for key in alone if not torch.equal(alone[key], together[key])] == []
 
 
-def test_every_state_records_on_a_stream_of_its_own(monkeypatch):
-    """A twin of the above: what is recorded on one stream shares cuBLAS' memory."""
-    streams = []
+@pytest.mark.gpu
+@needs_gpu
+def test_work_beside_the_rest_waits_for_what_was_before_and_is_waited_for():
+    beside, values = Beside(torch.device("cuda", 0)), torch.zeros(4, device="cuda")
+    torch.cuda._sleep(10**8)
+    values += 1
+    beside.fork()
+    with beside.work():
+        torch.cuda._sleep(10**8)
+        values *= 5
+    beside.join()
+    values += 1
+    assert values.tolist() == [6.0] * 4
+
+
+def test_what_cublas_works_in_is_a_recording_s_own(monkeypatch):
+    """A twin of the one before: it is let go before and after each recording, and after one that failed nothing is
+    left to be joined."""
+    log = []
 
     @contextmanager
-    def recording(_graph, *, stream, **_pool):
-        streams.append(stream)
+    def recording(_graph, **_pool):
+        log.append("record")
         yield
 
     graph = SimpleNamespace(register_generator_state=lambda _generator: None, pool=lambda: 1)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: object())
     monkeypatch.setattr(torch.cuda, "graph", recording)
-    for graphs in (StepGraphs(), StepGraphs()):
-        for plan in "ab":
-            graphs._record(lambda: None, plan, toys.seeded())
-    assert streams[0] is streams[1] and streams[2] is streams[3] and streams[0] is not streams[2]
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.append("clear"), raising=False)
+    graphs = StepGraphs()
+    graphs._record(lambda: None, "a", toys.seeded())
+    assert log == ["clear", "record", "clear"]
+    monkeypatch.setattr(graphs.beside, "join", lambda: log.append("join"))
+    with pytest.raises(ZeroDivisionError):
+        graphs._record(lambda: 1 // 0, "b", toys.seeded())
+    assert log[3:] == ["clear", "record", "join"] and set(graphs._recorded) == {"a"}
+
+
+def test_a_copy_has_no_recordings():
+    graphs = StepGraphs()
+    graphs._met.add("a")
+    copied = copy.deepcopy({"graphs": graphs})["graphs"]
+    assert copied is not graphs and copied._met == set() and copied.device is graphs.device
 
 
 def test_recordings_of_another_shape_begin_anew(monkeypatch):

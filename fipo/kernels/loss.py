@@ -31,9 +31,9 @@ def nested_error(
     power: float = 0.0,
     least: float = 0.0,
 ) -> tuple[Tensor, ...]:
-    """As `fipo.native.nested_error`, but that tokens do not weigh in the gradient of a part: the last that is returned,
-    what it is to be divided by, is one number a pair. Pairs behind the last start belong to no token."""
-    (batch, width), device = x_BD.shape, x_BD.device
+    """As `fipo.native.nested_error`, but that tokens do not weigh in the gradient of a part: the divisor, one number a
+    pair, has their weights in it. Pairs behind the last start belong to no token."""
+    x_BD, (batch, width), device = x_BD.contiguous(), x_BD.shape, x_BD.device
     token_N = torch.searchsorted(starts_S, torch.arange(len(values_N), device=device), right=True) - 1
     bag_N = (token_N * levels + level_F[latent_N]).clamp_max(batch * levels)  # one for all that belong to no token
     order_N, starts_R = grouped(bag_N, batch * levels)
@@ -45,7 +45,7 @@ def nested_error(
         hold = stop_gradient.to(device, torch.float32)
     else:  # filled there: a copy from the processor's memory cannot be recorded (fipo.graphs)
         hold = torch.full((), stop_gradient, dtype=torch.float32, device=device)
-    given = parts_RD, bias_D, x_BD.contiguous(), hold, grad_RD, left_BD, squares_MBT
+    given = parts_RD, bias_D, x_BD, hold, grad_RD, left_BD, squares_MBT
     numbers = width, 2 / grad_RD.numel(), float(plain)
     _nested_error[(batch, slices)](*given, *numbers, LEVELS=levels, WIDTH=WIDTH, num_warps=2)
     weight_B = (squares_MBT[-1].sum(1) / width + least).pow(power)

@@ -91,7 +91,7 @@ def _reduce_segments(values, ends, out, SUM: tl.constexpr):
 
 def scaled_rows(rows_FD: Tensor, factor_F: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows times factors, rounded once to `dtype`."""
-    (count, width), scaled_FD = rows_FD.shape, torch.empty_like(rows_FD, dtype=dtype)
+    (count, width), scaled_FD = rows_FD.shape, torch.empty(rows_FD.shape, dtype=dtype, device=rows_FD.device)
     block = triton.next_power_of_2(width)
     _scaled_rows[(count,)](rows_FD.contiguous(), factor_F, scaled_FD, width, BLOCK=block, num_warps=4)
     return scaled_FD

@@ -1,7 +1,7 @@
 """Decoding, levels and the gradients of codes, token by token (`fipo.reconstruction`).
 
 Rows are bfloat16, as autocast has them, and are added up in float32. Shapes: B tokens, D model width, F latents, M
-levels, N pairs, S = B + 1 ends of tokens, C parts of the tokens.
+levels, N pairs, S = B + 1 starts of tokens, C parts of the tokens.
 """
 
 import numpy as np
@@ -146,9 +146,10 @@ def nested_error(
     least: float = 0.0,
 ) -> tuple[Tensor, ...]:
     """Gradient of every part, [B, M, D], in bfloat16, of every code, [N], and of the bias, [D]; x - x̂_M, [B, D]; every
-    level's squared error, [M], summed over B and D; and what the first of these is yet to be divided by, 0-d. Tokens
-    weigh (error + least)^power in the gradients, over the mean of that, where `error` is what the last level leaves,
-    averaged over D (`fipo.reconstruction`). Pairs are ordered by token, and begin where `starts_S` says."""
+    level's squared error, [M], summed over B and D; and a divisor, 0-d: a code over it is what its pair weighs where
+    the first of these are summed to the gradient of a decoder row. Tokens weigh (error + least)^power in the gradients,
+    over the mean of that, where `error` is what the last level leaves, averaged over D (`fipo.reconstruction`). Pairs
+    are ordered by token, and begin where `starts_S` says."""
     batch, width = x_BD.shape
     grad_BMD = torch.empty(batch, levels, width, dtype=torch.bfloat16)
     left_BD, grad_N = torch.empty(batch, width), torch.empty(len(values_N))
