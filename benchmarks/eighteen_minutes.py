@@ -127,7 +127,7 @@ def fit_cost(job: Job) -> Cost:
 
 
 def table(seconds: dict[str, float], kind: str, found: dict[str, Cost]) -> list[dict[str, Any]]:
-    """One row a phase; `seconds` are those of the whole job."""
+    """One row a phase, and one of training as a whole; `seconds` are those of the whole job."""
     rows = []
     for phase in PHASES:
         cost, took = found[phase], seconds[phase]
@@ -143,13 +143,10 @@ def table(seconds: dict[str, float], kind: str, found: dict[str, Cost]) -> list[
                 "share of roofline": cost.roofline / took,
             }
         )
-    return rows + together(seconds, kind)
-
-
-def together(seconds: dict[str, float], kind: str) -> list[dict[str, Any]]:
-    """The row of training as a whole, where it was measured."""
-    took = [seconds[TRAINING]] if TRAINING in seconds else []
-    return [{"phase": TRAINING, f"seconds, {kind}": whole, "of 18 minutes": whole / BUDGET} for whole in took]
+    if TRAINING in seconds:  # where it was measured
+        took = seconds[TRAINING]
+        rows.append({"phase": TRAINING, f"seconds, {kind}": took, "of 18 minutes": took / BUDGET})
+    return rows
 
 
 def in_time(job: Job, seconds: dict[str, float]) -> dict[str, float]:

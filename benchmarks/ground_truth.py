@@ -129,12 +129,10 @@ def train(
     mean_LD, scale_L = mean_and_scale(first_BD[:, None])
     states = [build_state(config, 0, mean_LD[0], scale_L[0].item(), device) for config in configs]
     lanes, seconds = [Beside(torch.device(device)) for _ in states], [0.0] * len(states)
-    generator, drawn = (
-        generator_for(seed, "data", device=device),
-        1 if device == "cpu" else max(1, DRAWN_AT_ONCE // workload.batch_tokens),
-    )
-    for sample in truth.batches(workload.train_tokens, drawn * workload.batch_tokens, generator):
-        for acts_BD in sample.acts_BD.split(workload.batch_tokens):
+    generator, batch = generator_for(seed, "data", device=device), workload.batch_tokens
+    drawn = batch if device == "cpu" else batch * max(1, DRAWN_AT_ONCE // batch)
+    for sample in truth.batches(workload.train_tokens, drawn, generator):
+        for acts_BD in sample.acts_BD.split(batch):
             for place, (state, lane) in enumerate(zip(states, lanes, strict=True)):
                 started = time.process_time()
                 lane.fork()
@@ -248,13 +246,12 @@ def merged(files: Sequence[Path]) -> dict[str, Any]:
     """Rows of several results as one result; settings must be the same, and no row may come twice. Of results from
     several machines times are left out."""
     results = [read_json(file) for file in files]
-    for result in results:
-        if isinstance(result, dict) and isinstance(result.get("settings"), dict):
-            result["settings"] = {"batch": BATCH} | result["settings"]  # earlier ones had no other and did not say so
     rows: dict[tuple[Any, ...], Row] = {}
     for file, result in zip(files, results, strict=True):
         whole = isinstance(result, dict) and {"settings", "git_revision", "rows", "hardware"} <= result.keys()
+        whole = whole and isinstance(result["settings"], dict)
         require(whole, "--merge", str(file), "a result of benchmarks/ground_truth.py")
+        result["settings"] = {"batch": BATCH} | result["settings"]  # earlier ones had no other and did not say so
         same = result["settings"] == results[0]["settings"]
         require(same, f"settings of {file}", result["settings"], f"those of {files[0]}")
         for row in result["rows"]:

@@ -173,8 +173,13 @@ def parse_json(text: str) -> Any:
     """JSON as the standard has it; whatever it does not allow, and half a character, is a `ValueError`."""
     value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_twins)
     if "\\u" in text:
-        json.dumps(value, ensure_ascii=False).encode()  # of one half of a pair ("\\ud800") no text can be made
+        check_characters(value)
     return value
+
+
+def check_characters(value: Any) -> None:
+    """`ValueError` where plain values hold half a character ("\\ud800"), of which no file can be made."""
+    json.dumps(value, ensure_ascii=False, default=str).encode()
 
 
 def _refuse_constant(name: str) -> None:

@@ -25,8 +25,6 @@ from fipo.sparse import row_products
 def bucket_numbers(rows_FD: Tensor, planes_DTS: Tensor, autocast: bool) -> Tensor:
     """Bucket of every row in every table, [F, T] int64 in 0 .. 2^S - 1."""
     projected_FTS = project(rows_FD, planes_DTS, autocast)
-    if rows_FD.device.type != "cpu":  # a GPU is given few kernels
-        return ((projected_FTS > 0) * 2 ** torch.arange(planes_DTS.shape[2], device=rows_FD.device)).sum(2)
     numbers_FT = torch.zeros(projected_FTS.shape[:2], dtype=torch.int64, device=rows_FD.device)
     for bit in range(projected_FTS.shape[2]):  # at once they would take several times the memory of the projection
         numbers_FT += (projected_FTS[..., bit] > 0) * 2**bit

@@ -4,14 +4,13 @@ Refused: tags, which could build objects; aliases, with which a page of text nam
 key given twice; half a character; and files far larger than any config.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fipo.errors import UserError
-from fipo.files import write_text
+from fipo.files import check_characters, write_text
 
 LARGEST = 2**18
 """Bytes."""
@@ -42,7 +41,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it is larger than {LARGEST >> 10} kB")
         values = _Plain(path.read_text(encoding="utf-8")).get_single_data()
-        json.dumps(values, ensure_ascii=False, default=str).encode()  # half a character ("\\ud800") is a ValueError
+        check_characters(values)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:

@@ -81,7 +81,7 @@ def test_batchtopk_keeps_exactly_the_k_b_largest(seed):
 
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.3, 1.0, 2.0, 100.0])
 @pytest.mark.parametrize("k", [1, 3, 8, 11, 20])
-def test_running_threshold_never_changes_a_training_code(threshold, k):
+def test_the_least_code_of_the_last_batch_never_changes_a_training_code(threshold, k):
     """The shortcut in the search: below, near and above the true boundary."""
     activation, pre_BF = BatchTopK(11, k), pre_codes()
     activation.latest.fill_(threshold)
