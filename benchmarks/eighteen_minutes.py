@@ -35,7 +35,7 @@ from benchmarks.gemma_job import (
     scales,
 )
 from benchmarks.our_step import make_families
-from benchmarks.roofline import Cost, counted
+from benchmarks.roofline import Card, Cost, counted
 from fipo import sparse
 from fipo.config import LSH
 from fipo.data.harvest import BATCH_TOKENS_GPU, Chunk
@@ -126,7 +126,7 @@ def fit_cost(job: Job) -> Cost:
     return Cost(host_flop=flop, host_moved=moved).times(datasets * layers)
 
 
-def table(seconds: dict[str, float], kind: str, found: dict[str, Cost]) -> list[dict[str, Any]]:
+def table(seconds: dict[str, float], kind: str, found: dict[str, Cost], card: Card) -> list[dict[str, Any]]:
     """One row a phase, and one of training as a whole; `seconds` are those of the whole job."""
     rows = []
     for phase in PHASES:
@@ -139,8 +139,8 @@ def table(seconds: dict[str, float], kind: str, found: dict[str, Cost]) -> list[
                 "PFLOP": (cost.flop + cost.flop_32 + cost.host_flop) / 1e15,
                 "TB": (cost.moved + cost.host_moved) / 1e12,
                 "M kernels": cost.kernels / 1e6,
-                "roofline seconds": cost.roofline,
-                "share of roofline": cost.roofline / took,
+                "roofline seconds": cost.roofline(card),
+                "share of roofline": cost.roofline(card) / took,
             }
         )
     if TRAINING in seconds:  # where it was measured
@@ -162,9 +162,9 @@ def main() -> None:
     """Measure or predict, and publish."""
     given = arguments(__doc__, tiny=0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    job = TINY if given.tiny else GEMMA
+    job, card = TINY if given.tiny else GEMMA, roofline.card_here()
     if given.tiny or device == "cuda":
-        kind, settings = "measured", {"kind": "measured", "rooflines are those of": roofline.CARD}
+        kind, settings = "measured", {"kind": "measured", "rooflines are those of": card.name}
         times = scales(job)
         seconds = {phase: times[phase] * value for phase, value in measured(job, device).items()}
         rows = [{"phase": phase, "seconds, measured": took} for phase, took in seconds.items()]
@@ -172,18 +172,16 @@ def main() -> None:
         found = costs(job)
     else:
         found = costs(job)
-        kind, seconds = "prediction", {phase: cost.predicted for phase, cost in found.items()}
-        settings = {"kind": "prediction, not measured", "card": roofline.CARD, **assumptions()}
-    publish("eighteen_minutes", table(seconds, kind, found), in_time(job, seconds), given.json, settings)
+        kind, seconds = "prediction", {phase: cost.predicted(card) for phase, cost in found.items()}
+        settings = {"kind": "prediction, not measured", "card": card.name, **assumptions(card)}
+    publish("eighteen_minutes", table(seconds, kind, found, card), in_time(job, seconds), given.json, settings)
 
 
-def assumptions() -> dict[str, float]:
+def assumptions(card: Card) -> dict[str, float]:
     """All that a prediction assumes."""
-    names = ("FLOPS", "FLOPS_32", "BYTES", "HOST_FLOPS", "HOST_BYTES", "FLOP_EFFICIENCY", "BYTES_EFFICIENCY")
-    return {name: getattr(roofline, name) for name in (*names, "LAUNCH_SECONDS")} | {
-        "epochs": EPOCHS,
-        "density": DENSITY,
-    }
+    names = ("HOST_FLOPS", "HOST_BYTES", "FLOP_EFFICIENCY", "BYTES_EFFICIENCY", "LAUNCH_SECONDS")
+    assumed = {"FLOPS": card.flops, "FLOPS_32": card.flops_32, "BYTES": card.bytes}
+    return assumed | {name: getattr(roofline, name) for name in names} | {"epochs": EPOCHS, "density": DENSITY}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Matrix products count by their FLOP (their operands are read once, which is less); every other operation by the bytes of
 the tensors that it reads and writes, gathers by the rows that they touch. Views cost nothing. The roofline of a
-computation is the sum over its operations of the limit that binds each, on the card named below.
+computation is the sum over its operations of the limit that binds each, on one of the cards named below.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,13 +13,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-CARD = "H100 SXM"
-FLOPS = 989e12
-"""Dense bfloat16 FLOP/s of its data sheet."""
-FLOPS_32 = 67e12
-"""The same in float32, which PyTorch keeps to unless told otherwise."""
-BYTES = 3.35e12
-"""Bytes/s of its memory."""
+
+class Card(NamedTuple):
+    """A card by its data sheet."""
+
+    name: str
+    flops: float = 989e12
+    """Dense bfloat16 FLOP/s."""
+    flops_32: float = 67e12
+    """The same in float32, which PyTorch keeps to unless told otherwise."""
+    bytes: float = 3.35e12
+    """Bytes/s of its memory."""
+
+
+H100, H200 = Card("H100 SXM"), Card("H200 SXM", bytes=4.8e12)
 HOST_FLOPS = 5e11
 """FLOP/s in float64 of a host of 16 cores: 16 · 2 GHz · 16."""
 HOST_BYTES = 1e11
@@ -59,16 +66,15 @@ class Cost(NamedTuple):
         """So many of them."""
         return Cost().plus(self, count)
 
-    @property
-    def roofline(self) -> float:
+    def roofline(self, card: Card) -> float:
         """Seconds at the peaks."""
-        card = self.flop / FLOPS + self.flop_32 / FLOPS_32 + self.moved / BYTES
-        return card + self.host_flop / HOST_FLOPS + self.host_moved / HOST_BYTES
+        busy = self.flop / card.flops + self.flop_32 / card.flops_32 + self.moved / card.bytes
+        return busy + self.host_flop / HOST_FLOPS + self.host_moved / HOST_BYTES
 
-    @property
-    def predicted(self) -> float:
+    def predicted(self, card: Card) -> float:
         """Seconds at the assumed efficiencies."""
-        busy = (self.flop / FLOPS + self.flop_32 / FLOPS_32) / FLOP_EFFICIENCY + self.moved / BYTES / BYTES_EFFICIENCY
+        busy = (self.flop / card.flops + self.flop_32 / card.flops_32) / FLOP_EFFICIENCY
+        busy += self.moved / card.bytes / BYTES_EFFICIENCY
         host = self.host_flop / HOST_FLOPS / FLOP_EFFICIENCY + self.host_moved / HOST_BYTES / BYTES_EFFICIENCY
         return max(busy, self.kernels * LAUNCH_SECONDS) + host
 
@@ -111,6 +117,12 @@ def operation(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Cost:
     written = [value for value, spec in zip(args, func._schema.arguments, strict=False) if _is_written(spec)]
     fresh = 0 if any(_is_written(spec) for spec in func._schema.returns) else _bytes(out)
     return Cost(moved=_bytes((args, kwargs)) + _bytes(written) + fresh, kernels=1)
+
+
+def card_here() -> Card:
+    """The card that this machine has, as far as it is one of those above; else the H100."""
+    here = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return H200 if "H200" in here else H100
 
 
 def counted(work: Callable[[], object]) -> Cost:

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.nn.functional import embedding_bag, linear
 
-from benchmarks.roofline import BYTES, BYTES_EFFICIENCY, FLOP_EFFICIENCY, FLOPS, LAUNCH_SECONDS, Cost, counted
+from benchmarks.roofline import (
+    BYTES_EFFICIENCY,
+    FLOP_EFFICIENCY,
+    H100,
+    H200,
+    LAUNCH_SECONDS,
+    Cost,
+    card_here,
+    counted,
+)
 
 
 def test_products_count_by_flop_and_type():
@@ -50,8 +59,16 @@ def test_fused_adam_reads_four_and_writes_three():
 
 
 def test_times_follow_the_binding_limit():
-    both = Cost(flop=FLOPS, moved=BYTES, kernels=10)
-    assert both.roofline == 2
-    assert both.predicted == pytest.approx(1 / FLOP_EFFICIENCY + 1 / BYTES_EFFICIENCY)
-    assert Cost(flop=1, kernels=1000).predicted == 1000 * LAUNCH_SECONDS
+    both = Cost(flop=H100.flops, moved=H100.bytes, kernels=10)
+    assert both.roofline(H100) == 2
+    assert both.roofline(H200) == 1 + H100.bytes / H200.bytes < 2, "as many operations, more bytes a second"
+    assert both.predicted(H100) == pytest.approx(1 / FLOP_EFFICIENCY + 1 / BYTES_EFFICIENCY)
+    assert Cost(flop=1, kernels=1000).predicted(H100) == 1000 * LAUNCH_SECONDS
     assert Cost(flop=1).plus(Cost(flop=2), 3).times(2) == Cost(flop=14)
+
+
+@pytest.mark.parametrize(("name", "card"), [("NVIDIA H200", H200), ("NVIDIA H100 80GB HBM3", H100), (None, H100)])
+def test_rooflines_are_of_the_card_that_is_here(name, card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: name is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert card_here() is card
