@@ -64,6 +64,7 @@ MATRYOSHKA = Levels(
     favour=ALIKE,
     stop_gradient=0.0,
     robust=0.0,
+    decoder_only=0.0,
 )
 PARTS: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty()}
 
@@ -78,10 +79,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "matryoshka": {"levels": MATRYOSHKA},
     "prefixes": {
         "importance": Importance(decay=0.95, norm="l2"),
-        "levels": Levels(stop_gradient=0.0, short_power=1.0, favour=ALIKE, robust=0.0),
+        "levels": replace(MATRYOSHKA, order="importance", shares=Levels().shares, drawn=True),
     },
-    "favour": {"importance": Importance(), "levels": Levels(shares=(1.0,), robust=0.0)},
+    "favour": {"importance": Importance(), "levels": Levels(shares=(1.0,), robust=0.0, decoder_only=0.0)},
     "favour_matryoshka": {"importance": Importance(), "levels": replace(MATRYOSHKA, favour=Levels().favour)},
+    "unsettled": PARTS | {"levels": Levels(decoder_only=0.0)},
     "unfavoured": PARTS | {"levels": Levels(favour=ALIKE)},
     "levels": {"importance": Importance(), "levels": Levels()},
     "fipo": PARTS | {"levels": Levels()},

@@ -45,6 +45,9 @@ class Activation(nn.Module):
         budget, or where it is not known."""
         return torch.zeros(())
 
+    def rescale(self, factor: float) -> None:
+        """Go on as before with pre-activations that are `factor` times as large: codes are, too."""
+
 
 class ReLU(Activation):
     """a = max(pre, 0)."""
@@ -150,6 +153,11 @@ class BatchTopK(Activation):
         """The smallest code kept over the mean one, on average: how much a token lost with the next code."""
         return self.threshold / self.mean.clamp_min(1e-12)
 
+    def rescale(self, factor: float) -> None:
+        """What was observed is as much larger."""
+        for held in (self.threshold, self.mean, self.threshold_F, self.latest):
+            held.mul_(factor)
+
 
 class _Step(torch.autograd.Function):
     """1[pre > θ] with the derivative of a rectangle of width ε around θ: d/dθ = -1/ε inside it, 0 outside."""
@@ -185,6 +193,11 @@ class JumpReLU(Activation):
         if not torch.is_grad_enabled():
             return torch.where(pre_BF > self.threshold_F, pre_BF, 0)
         return pre_BF * _Step.apply(pre_BF, self.threshold_F, self.bandwidth)
+
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """θ is as much larger."""
+        self.log_threshold_F.add_(math.log(factor))
 
     def sparsity(self, pre_BF: Tensor, codes_BF: Tensor, dec_FD: Tensor) -> Tensor:
         """L0 = mean over tokens of Σ_F 1[pre_F > θ_F]."""

@@ -84,6 +84,10 @@ class ImportanceEMA:
         self._largest_F.zero_()
         self._tokens = 0
 
+    def rescale(self, factor: float) -> None:
+        """Go on as if all codes so far had been `factor` times as large."""
+        self.mean_F.mul_(factor)
+
     def values(self) -> Tensor:
         """σ_F, bias-corrected; zeros before the first commit."""
         return self.mean_F / self.weight.float().clamp_min(1e-30)

@@ -142,8 +142,10 @@ class Levels:
     by its logarithm."""
     plain: float = 0.0
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
-    decoder_only: float = 0.0
-    """Share of the steps, the last ones, in which the encoder is frozen and the decoder alone learns, unlevelled."""
+    decoder_only: float = 0.1
+    """Share of the steps, the last ones, in which the encoder is frozen and the decoder alone learns."""
+    shrink: float = 0.1
+    """By how much of themselves codes are made smaller before these steps (fipo.settling)."""
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip((0.0, *self.shares), self.shares, strict=False))
@@ -160,6 +162,7 @@ class Levels:
         require(0 <= self.robust <= 2, "levels.robust", self.robust, "a power from 0 to 2")
         require(0 <= self.plain <= 1, "levels.plain", self.plain, "a weight from 0 to 1")
         require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
+        require(0 <= self.shrink < 1, "levels.shrink", self.shrink, "a share from 0 to below 1")
 
     @property
     def by_importance(self) -> bool:

@@ -40,10 +40,10 @@ def stop_gradient(config: RunConfig, step: int) -> float:
     return levels.stop_gradient * _rising(config, step, last, first)
 
 
-def decoder_only(config: RunConfig, step: int) -> bool:
-    """Is this step in the last phase, in which the decoder alone learns?"""
-    levels = config.levels
-    return levels is not None and step >= round((1 - levels.decoder_only) * config.workload.steps)
+def first_decoder_only(config: RunConfig) -> int:
+    """The first step of the last phase, in which the decoder alone learns; without one, the number of steps."""
+    share = 0.0 if config.levels is None else config.levels.decoder_only
+    return round((1 - share) * config.workload.steps)
 
 
 def _rising(config: RunConfig, step: int, last: float, first: float = 0.0) -> float:

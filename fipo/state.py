@@ -17,7 +17,7 @@ from fipo.importance import ImportanceEMA
 from fipo.randomness import generator_for
 from fipo.reservoir import PriorityReservoir
 from fipo.sae import SAE
-from fipo.schedules import decoder_only
+from fipo.schedules import first_decoder_only
 from fipo.sparse import kernels_for
 from fipo.update import Faults
 
@@ -80,7 +80,7 @@ class TrainState:
         expected = self.state_dict()
         if int(tensors.get("step", torch.zeros(1)).sum()):
             for name, parameter in self.sae.named_parameters():
-                frozen = decoder_only(self.config, 0) and not name.startswith("dec_")  # from the first step on
+                frozen = first_decoder_only(self.config) == 0 and not name.startswith("dec_")  # from the first step on
                 if frozen or not parameter.requires_grad:
                     continue
                 expected |= {f"adam.{name}.{moment}": parameter for moment in ("exp_avg", "exp_avg_sq")}

@@ -20,7 +20,8 @@ from fipo.method import Penalty
 from fipo.objective import Terms
 from fipo.reconstruction import reconstruction_error
 from fipo.revival import revive
-from fipo.schedules import active_latents, decoder_only, learning_rate, order_share, penalty_share, stop_gradient
+from fipo.schedules import active_latents, first_decoder_only, learning_rate, order_share, penalty_share, stop_gradient
+from fipo.settling import shrink_codes
 from fipo.sparse import Codes, positive
 from fipo.state import TrainState
 from fipo.update import UNCHECKED, update
@@ -28,8 +29,7 @@ from fipo.update import UNCHECKED, update
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step leaves to look at. Nothing is computed, and no device waited for, until it is asked; on a GPU the
-    next step of the same state writes over it."""
+    """What a step leaves to look at, computed when it is asked; on a GPU the next step of the state writes over it."""
 
     terms: Terms
     x_BD: Tensor
@@ -85,7 +85,7 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
     state.importance.discard()  # what was encoded since the last step is no part of this one
     refresh_pairs(state)
     plan, numbers = plan_of(state, len(acts_BD)), numbers_of(state)
-    if state.graphs is not None and recordable(state, plan):
+    if state.graphs is not None and recordable(state):
         report = state.graphs.run(
             lambda acts_BD, pairs_P2, *numbers: compute(state, plan, Numbers(*numbers), acts_BD, pairs_P2),
             plan,
@@ -97,6 +97,7 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
         report = compute(state, plan, numbers, acts_BD, state.pairs_P2)
     revive_dead(state)
     state.step += 1
+    shrink_codes(state)
     if state.step % UNCHECKED == 0 or state.step == state.config.workload.steps:
         state.faults.check(state.step)
     return report
@@ -107,7 +108,7 @@ def plan_of(state: TrainState, batch: int) -> Plan:
     config, step = state.config, state.step
     return Plan(
         k=active_latents(config, step),
-        frozen=decoder_only(config, step),
+        frozen=step >= first_decoder_only(config),
         penalised=config.penalty is not None and (step + 1) % config.penalty.every == 0,
         dead=dead_places(state, batch) if config.aux_weight > 0 else 0,
     )
@@ -133,7 +134,7 @@ def dead_places(state: TrainState, batch: int) -> int:
     return state.dead_places
 
 
-def recordable(state: TrainState, plan: Plan) -> bool:
+def recordable(state: TrainState) -> bool:
     """Can the step be a recording? Then no shape in it may depend on a tensor's values."""
     config, penalty, settings = state.config, state.config.penalty, state.config.lsh
     few_pairs = penalty is None or (
@@ -144,7 +145,7 @@ def recordable(state: TrainState, plan: Plan) -> bool:
         and len(state.pairs_P2) <= settings.partners * state.sae.latents
     )
     sparse = state.sae.activation.sparse and config.optimiser.autocast
-    return sparse and few_pairs and not plan.frozen
+    return sparse and few_pairs
 
 
 def padded(state: TrainState) -> Tensor:
@@ -166,7 +167,7 @@ def compute(state: TrainState, plan: Plan, numbers: Numbers, acts_BD: Tensor, pa
     sae.train()
     beside.fork()
     with beside.work():
-        order = step_order(state, plan, numbers)
+        order = step_order(state, numbers)
     favour_F = step_favours(state, numbers)
     x_BD = sae.standardise(acts_BD)
     with torch.autocast(x_BD.device.type, dtype=torch.bfloat16, enabled=config.optimiser.autocast, cache_enabled=False):
@@ -197,10 +198,10 @@ def step_favours(state: TrainState, numbers: Numbers) -> Tensor | None:
     return favours(levels.favour, state.importance.values(), numbers.order_share, spare)
 
 
-def step_order(state: TrainState, plan: Plan, numbers: Numbers) -> dict[str, Any]:
-    """The levels of this step, as `reconstruction_error` takes them; none without them, and in the last phase."""
+def step_order(state: TrainState, numbers: Numbers) -> dict[str, Any]:
+    """The levels of this step, as `reconstruction_error` takes them; none without them."""
     levels = state.config.levels
-    if levels is None or plan.frozen:
+    if levels is None:
         return {}
     sigma_F, shortage = state.importance.values(), state.sae.activation.shortage()
     return nested(levels, sigma_F, shortage, numbers.order_share, numbers.stop_gradient, state.generator)
@@ -218,8 +219,8 @@ def loss_terms(
 ) -> tuple[Terms, Tensor]:
     """L = L_rec + λ_s L_sparsity + α L_aux + λ_o Ω, each weighted, and the residual x - x̂ [B, D].
 
-    In the last phase (`frozen`) the codes are constants: only the plain reconstruction and Ω are left. Codes as pairs
-    have no L_sparsity. The pre-activations of dead latents, few as a rule, are computed again, with their gradient.
+    In the last phase (`frozen`) the codes are constants: only the reconstruction and Ω are left. Codes as pairs have
+    no L_sparsity. The pre-activations of dead latents, few as a rule, are computed again, with their gradient.
     """
     config, sae, workload = state.config, state.sae, state.config.workload
     nothing = torch.zeros((), device=x_BD.device)
@@ -252,8 +253,7 @@ def decoder_penalty(state: TrainState, penalty: Penalty, pairs_P2: Tensor) -> Te
     if penalty.kind == "ortsae":
         order_F = torch.randperm(len(dec_FD), generator=state.generator, device=state.generator.device)
         return objective.chunked_orthogonality(dec_FD, order_F, penalty.chunk)
-    settings = state.config.lsh
-    assert settings is not None
+    assert (settings := state.config.lsh) is not None
     bits = settings.bits_of(len(dec_FD))
     return objective.orthogonality(
         dec_FD,
@@ -292,8 +292,8 @@ def revive_dead(state: TrainState) -> None:
     settings, config = state.config.reservoir, state.config
     if settings is None or state.reservoir is None:
         return
-    late = state.step >= 0.8 * config.workload.steps or decoder_only(config, state.step)
-    if late or (state.step + 1) % settings.revive_every:
+    last = min(0.8 * config.workload.steps, first_decoder_only(config))
+    if state.step >= last or (state.step + 1) % settings.revive_every:
         return
     dead_F = state.importance.dead(config.workload.dead_tokens)
     revived = revive(state.sae, state.optimizer, dead_F, state.reservoir.contents(), settings.encoder_scale)

@@ -15,7 +15,7 @@ DEVICE = "cuda" if GPU else "cpu"
 pytest.importorskip("triton")
 
 from fipo import kernels, reconstruction, search, sparse, train, update  # noqa: E402
-from fipo.config import LSH, Optimiser, RunConfig  # noqa: E402
+from fipo.config import LSH, Levels, Optimiser, RunConfig  # noqa: E402
 from fipo.graphs import Beside, StepGraphs  # noqa: E402
 from fipo.state import build_state  # noqa: E402
 from fipo.train import compute, numbers_of, padded, plan_of, train_step  # noqa: E402
@@ -264,12 +264,14 @@ def test_what_a_recording_is_given_makes_no_difference(name):
     assert all(torch.allclose(one[key].double(), other[key].double(), rtol=1e-6, atol=1e-9) for key in one)
 
 
+SETTLING = Levels(shares=(0.25, 0.5, 1.0), short=(0.0, 1.0), decoder_only=0.9)
 RECORDED = {"run_6": {}, "topk": {"aux_weight": 0.03}, "batchtopk": {"architecture": "batchtopk", "aux_weight": 0.03}}
-"""Steps that are recorded: with every part, and without levels."""
+RECORDED |= {"settling": {"levels": SETTLING}}
+"""Steps that are recorded: with every part, without levels, and with the decoder alone learning nearly all the time."""
 
 
 def sparse_config(name: str, **changes: Any) -> RunConfig:
-    return toys.run_config("run_6" if name == "run_6" else "topk", **RECORDED[name], **changes)
+    return toys.run_config("run_6" if name in ("run_6", "settling") else "topk", **RECORDED[name], **changes)
 
 
 @pytest.mark.parametrize("name", list(RECORDED))
@@ -279,7 +281,9 @@ def test_what_is_recorded_copies_nothing_from_the_processor(name, by_kernels, mo
     config = sparse_config(name, optimiser=Optimiser())
     state = build_state(config, 0, torch.zeros(toys.WIDTH), 1.0, DEVICE)
     first, second = (acts_BD.to(DEVICE) for acts_BD in toys.activations(2))
+    state.step = 6
     plan = plan_of(state, len(first))
+    assert plan.frozen == (name == "settling")
     numbers = train.Numbers(*(torch.full((), number, device=DEVICE) for number in numbers_of(state)))
     compute(state, plan, numbers, first, padded(state))
 
@@ -319,7 +323,7 @@ def test_recorded_steps_equal_steps_bit_by_bit(name, dead, monkeypatch):
             report = train_step(state, acts_BD.cuda())
             assert len([torch.ones(toys.LATENTS, device="cuda") for _ in range(2000)]) == 2000
         assert state.importance.silent_tokens_F.max() > 20 * toys.BATCH
-        assert (report.terms.auxiliary > 0) == (dead == 100)
+        assert (report.terms.auxiliary > 0) == (dead == 100 and name != "settling")
         recorded += len(state.graphs._recorded)
         found.append(state.state_dict() | {"loss": report.terms.total.clone(), "residual": report.residual_BD.clone()})
     assert recorded > 0

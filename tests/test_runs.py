@@ -72,6 +72,7 @@ def test_what_the_runs_switch_on(tmp_path):
         favour=(0.0, 0.0, 0.0),
         stop_gradient=0.0,
         robust=0.0,
+        decoder_only=0.0,
     )
     assert nine == dataclasses.replace(eight, run="run_9", levels=nine.levels)
     assert {config.aux_weight for config in configs[6:]} == {1 / 32}
