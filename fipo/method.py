@@ -145,7 +145,7 @@ class Levels:
     decoder_only: float = 0.1
     """Share of the steps, the last ones, in which the encoder is frozen and the decoder alone learns."""
     shrink: float = 0.1
-    """By how much of themselves codes are made smaller before these steps (fipo.settling)."""
+    """By how much of themselves codes are made smaller before these steps: kept codes are too large (METHOD 4d)."""
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip((0.0, *self.shares), self.shares, strict=False))

@@ -96,6 +96,13 @@ class SAE(nn.Module):
         return self.decode(self.encode(acts_BD))
 
     @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Make all codes `factor` times as large, and keep the same ones."""
+        self.enc_FD.mul_(factor)
+        self.enc_bias_F.mul_(factor)
+        self.activation.rescale(factor)
+
+    @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Return every decoder row to unit norm (call after each optimiser step)."""
         for rows_ND in cached(self.dec_FD):

@@ -46,6 +46,13 @@ def first_decoder_only(config: RunConfig) -> int:
     return round((1 - share) * config.workload.steps)
 
 
+def rescaling(config: RunConfig, step: int) -> float:
+    """By what all codes are multiplied between the step before and this one (METHOD 4d): by less than 1 where the last
+    phase begins, by 1 elsewhere."""
+    begins = config.levels is not None and 0 < step == first_decoder_only(config) < config.workload.steps
+    return 1 - config.levels.shrink if begins and config.levels else 1.0
+
+
 def _rising(config: RunConfig, step: int, last: float, first: float = 0.0) -> float:
     """From 0 to 1 between two shares of the steps; 1 from the first step on where both are 0."""
     steps = config.workload.steps

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fipo import lsh, objective
+from fipo import lsh, objective, schedules
 from fipo.errors import UserError
 from fipo.favour import favours
 from fipo.graphs import Beside
@@ -20,8 +20,6 @@ from fipo.method import Penalty
 from fipo.objective import Terms
 from fipo.reconstruction import reconstruction_error
 from fipo.revival import revive
-from fipo.schedules import active_latents, first_decoder_only, learning_rate, order_share, penalty_share, stop_gradient
-from fipo.settling import shrink_codes
 from fipo.sparse import Codes, positive
 from fipo.state import TrainState
 from fipo.update import UNCHECKED, update
@@ -97,7 +95,9 @@ def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
         report = compute(state, plan, numbers, acts_BD, state.pairs_P2)
     revive_dead(state)
     state.step += 1
-    shrink_codes(state)
+    if (factor := schedules.rescaling(state.config, state.step)) != 1:
+        state.sae.rescale(factor)
+        state.importance.rescale(factor)
     if state.step % UNCHECKED == 0 or state.step == state.config.workload.steps:
         state.faults.check(state.step)
     return report
@@ -107,8 +107,8 @@ def plan_of(state: TrainState, batch: int) -> Plan:
     """The plan of the state's next step, on a batch of so many tokens."""
     config, step = state.config, state.step
     return Plan(
-        k=active_latents(config, step),
-        frozen=step >= first_decoder_only(config),
+        k=schedules.active_latents(config, step),
+        frozen=step >= schedules.first_decoder_only(config),
         penalised=config.penalty is not None and (step + 1) % config.penalty.every == 0,
         dead=dead_places(state, batch) if config.aux_weight > 0 else 0,
     )
@@ -117,8 +117,7 @@ def plan_of(state: TrainState, batch: int) -> Plan:
 def numbers_of(state: TrainState) -> Numbers:
     """Where the state's next step is in its schedules."""
     config, step = state.config, state.step
-    schedules = learning_rate, penalty_share, order_share, stop_gradient
-    return Numbers(*(schedule(config, step) for schedule in schedules))
+    return Numbers(*(getattr(schedules, name)(config, step) for name in Numbers._fields))
 
 
 def dead_places(state: TrainState, batch: int) -> int:
@@ -292,7 +291,7 @@ def revive_dead(state: TrainState) -> None:
     settings, config = state.config.reservoir, state.config
     if settings is None or state.reservoir is None:
         return
-    last = min(0.8 * config.workload.steps, first_decoder_only(config))
+    last = min(0.8 * config.workload.steps, schedules.first_decoder_only(config))
     if state.step >= last or (state.step + 1) % settings.revive_every:
         return
     dead_F = state.importance.dead(config.workload.dead_tokens)
