@@ -144,6 +144,8 @@ class Levels:
     """Weight of the unlevelled reconstruction beside the mean over the levels, from 0 (levels alone) to 1."""
     decoder_only: float = 0.1
     """Share of the steps, the last ones, in which the encoder is frozen and the decoder alone learns."""
+    settling_rate: float = 0.3
+    """Learning rate of these steps at first, in units of the run's; from there it falls to 0, as it did before them."""
     shrink: float = 0.1
     """By how much of themselves codes are made smaller before these steps: kept codes are too large (METHOD 4d)."""
 
@@ -162,6 +164,7 @@ class Levels:
         require(0 <= self.robust <= 2, "levels.robust", self.robust, "a power from 0 to 2")
         require(0 <= self.plain <= 1, "levels.plain", self.plain, "a weight from 0 to 1")
         require(0 <= self.decoder_only < 1, "levels.decoder_only", self.decoder_only, "a share from 0 to below 1")
+        require(0 <= self.settling_rate <= 1, "levels.settling_rate", self.settling_rate, "a share from 0 to 1")
         require(0 <= self.shrink < 1, "levels.shrink", self.shrink, "a share from 0 to below 1")
 
     @property
@@ -183,7 +186,7 @@ class Optimiser:
     penalty_warmup: float = 0.5
     """Share of the steps over which λ_s and λ_o rise from 0: an unlearned dictionary must not be thinned."""
     decay: float = 0.2
-    """Share of the steps, the last ones, over which the learning rate falls to 0."""
+    """Share of the steps, the last ones in which the encoder learns, over which the learning rate falls to 0."""
     betas: tuple[float, ...] = (0.9, 0.999)
     """Adam's two decays."""
     clip: float = 1.0

@@ -7,10 +7,12 @@ from fipo.config import RunConfig
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """Linear warm-up, constant, linear decay to 0 over the last steps."""
-    steps, schedule = config.workload.steps, config.optimiser
+    """Linear warm-up, constant, linear decay to 0 over the last steps before the last phase; in it once more to 0."""
+    steps, schedule, first = config.workload.steps, config.optimiser, first_decoder_only(config)
     rising = _rising(config, step, schedule.warmup)
-    falling = (steps - step) / max(1.0, schedule.decay * steps)
+    falling = (first - step) / max(1.0, schedule.decay * steps)
+    if config.levels is not None and step >= first:
+        falling = config.levels.settling_rate * (steps - step) / (steps - first)
     return config.workload.learning_rate * min(rising, falling)
 
 

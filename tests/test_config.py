@@ -203,6 +203,8 @@ def test_a_section_is_named_without_a_dot(key):
         ("levels.plain", -0.1),
         ("levels.decoder_only", 1.0),
         ("levels.decoder_only", -0.1),
+        ("levels.settling_rate", -0.1),
+        ("levels.settling_rate", 1.1),
         ("levels.shrink", 1.0),
         ("levels.shrink", -0.1),
         ("optimiser.warmup", 1.1),
