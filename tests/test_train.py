@@ -508,6 +508,15 @@ def test_what_a_gpu_found_is_told_at_every_sixteenth_step_and_at_the_last(at, st
     assert state.step == told
 
 
+def test_the_learning_rate_falls_to_0_before_the_last_phase_and_once_more_in_it():
+    levels = Levels(decoder_only=0.1, settling_rate=0.5)
+    config = toys.run_config("run_6", steps=100, levels=levels, optimiser=Optimiser(warmup=0.05, decay=0.2))
+    rates = [learning_rate(config, step) / config.workload.learning_rate for step in range(100)]
+    assert rates[5:70] == [1.0] * 65
+    assert rates[70:90] == pytest.approx([left / 20 for left in range(20, 0, -1)])
+    assert rates[90:] == pytest.approx([0.5 * left / 10 for left in range(10, 0, -1)])
+
+
 def test_decoder_only_is_the_last_share_of_the_steps():
     config = toys.run_config("run_6", steps=20, levels=Levels(decoder_only=0.25))
     assert first_decoder_only(config) == 15
