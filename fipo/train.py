@@ -252,7 +252,8 @@ def decoder_penalty(state: TrainState, penalty: Penalty, pairs_P2: Tensor) -> Te
     if penalty.kind == "ortsae":
         order_F = torch.randperm(len(dec_FD), generator=state.generator, device=state.generator.device)
         return objective.chunked_orthogonality(dec_FD, order_F, penalty.chunk)
-    assert (settings := state.config.lsh) is not None
+    settings = state.config.lsh
+    assert settings is not None
     bits = settings.bits_of(len(dec_FD))
     return objective.orthogonality(
         dec_FD,
