@@ -90,8 +90,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What each differs in from BatchTopK. `prefixes` are Nabeshima's (2024): drawn, of latents sorted by an EMA of their
 squared norms; there each is drawn by itself, here one draw moves all. `favour` alone, with Matryoshka, and ours without
-it; `unsettled` is ours without the last phase. `sparsity` is λ_s, chosen for an L0 near 6 on the
-model of 1,024 features."""
+it; `unsettled` is ours without the last phase. `sparsity` is λ_s, chosen for an L0 near 6 on the model of 1,024
+features."""
 
 SETTINGS = ("features", "width", "steps", "batch", "rate", "tokens")
 SHOWN = ("mcc", "f1", "precision", "recall", "explained_variance", "absorption", "composition", "uniqueness")

@@ -11,7 +11,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
     steps, schedule, first = config.workload.steps, config.optimiser, first_decoder_only(config)
     rising = _rising(config, step, schedule.warmup)
     falling = (first - step) / max(1.0, schedule.decay * steps)
-    if config.levels is not None and step >= first:
+    if config.levels is not None and step >= first < steps:
         falling = config.levels.settling_rate * (steps - step) / (steps - first)
     return config.workload.learning_rate * min(rising, falling)
 
@@ -51,8 +51,8 @@ def first_decoder_only(config: RunConfig) -> int:
 def rescaling(config: RunConfig, step: int) -> float:
     """By what all codes are multiplied between the step before and this one (METHOD 4d): by less than 1 where the last
     phase begins, by 1 elsewhere."""
-    begins = config.levels is not None and 0 < step == first_decoder_only(config) < config.workload.steps
-    return 1 - config.levels.shrink if begins and config.levels else 1.0
+    levels, begins = config.levels, 0 < step == first_decoder_only(config) < config.workload.steps
+    return 1 - levels.shrink if levels is not None and begins else 1.0
 
 
 def _rising(config: RunConfig, step: int, last: float, first: float = 0.0) -> float:

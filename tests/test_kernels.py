@@ -15,7 +15,7 @@ DEVICE = "cuda" if GPU else "cpu"
 pytest.importorskip("triton")
 
 from fipo import kernels, reconstruction, search, sparse, train, update  # noqa: E402
-from fipo.config import LSH, Levels, Optimiser, RunConfig  # noqa: E402
+from fipo.config import LSH, Optimiser, RunConfig  # noqa: E402
 from fipo.graphs import Beside, StepGraphs  # noqa: E402
 from fipo.state import build_state  # noqa: E402
 from fipo.train import compute, numbers_of, padded, plan_of, train_step  # noqa: E402
@@ -264,10 +264,13 @@ def test_what_a_recording_is_given_makes_no_difference(name):
     assert all(torch.allclose(one[key].double(), other[key].double(), rtol=1e-6, atol=1e-9) for key in one)
 
 
-SETTLING = Levels(shares=(0.25, 0.5, 1.0), short=(0.0, 1.0), decoder_only=0.9)
-RECORDED = {"run_6": {}, "topk": {"aux_weight": 0.03}, "batchtopk": {"architecture": "batchtopk", "aux_weight": 0.03}}
-RECORDED |= {"settling": {"levels": SETTLING}}
-"""Steps that are recorded: with every part, without levels, and with the decoder alone learning nearly all the time."""
+RECORDED = {
+    "run_6": {},
+    "settling": {"levels": replace(toys.run_config("run_6").levels, decoder_only=0.9)},
+    "topk": {"aux_weight": 0.03},
+    "batchtopk": {"architecture": "batchtopk", "aux_weight": 0.03},
+}
+"""Steps that are recorded: with every part, with the decoder alone learning nearly all the time, and without levels."""
 
 
 def sparse_config(name: str, **changes: Any) -> RunConfig:

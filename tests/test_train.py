@@ -22,8 +22,10 @@ from fipo.state import TrainState
 from fipo.train import loss_terms, numbers_of, plan_of, step_order, train_step
 
 REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "saelens.json").read_text(encoding="utf-8"))["losses"]
-FIXED = {"order": "fixed", "drawn": False, "short_power": 1.0, "favour": (0.0, 0.0, 0.0), "robust": 0.0}
-FIXED |= {"decoder_only": 0.0}
+FIXED = {
+    **{"order": "fixed", "drawn": False, "short_power": 1.0, "favour": (0.0, 0.0, 0.0), "robust": 0.0},
+    "decoder_only": 0.0,
+}
 MATRYOSHKA = Levels(**FIXED, shares=(0.25, 0.5, 1.0), stop_gradient=0.0)
 PLAIN = Levels(**FIXED, shares=(0.25, 1.0), stop_gradient=1.0, plain=1.0)
 RUNS = ["run_0", "run_3", "run_6", "jumprelu", "topk"]
@@ -515,6 +517,8 @@ def test_the_learning_rate_falls_to_0_before_the_last_phase_and_once_more_in_it(
     assert rates[5:70] == [1.0] * 65
     assert rates[70:90] == pytest.approx([left / 20 for left in range(20, 0, -1)])
     assert rates[90:] == pytest.approx([0.5 * left / 10 for left in range(10, 0, -1)])
+    for last in (levels, replace(levels, decoder_only=0.0), None):
+        assert learning_rate(replace(config, levels=last), 100) == 0, "behind the last step"
 
 
 def test_decoder_only_is_the_last_share_of_the_steps():
