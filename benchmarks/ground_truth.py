@@ -66,6 +66,8 @@ MATRYOSHKA = Levels(
     robust=0.0,
     decoder_only=0.0,
 )
+SIX = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+"""Levels of which the first is not as small."""
 PARTS: dict[str, Any] = {"importance": Importance(), "lsh": LSH(), "penalty": Penalty()}
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -83,19 +85,20 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "favour": {"importance": Importance(), "levels": Levels(shares=(1.0,), robust=0.0, decoder_only=0.0)},
     "favour_matryoshka": {"importance": Importance(), "levels": replace(MATRYOSHKA, favour=Levels().favour)},
-    "unsettled": PARTS | {"levels": Levels(decoder_only=0.0)},
+    "six": PARTS | {"levels": Levels(shares=SIX)},
+    "unsettled": PARTS | {"levels": Levels(shares=SIX, decoder_only=0.0)},
     "unfavoured": PARTS | {"levels": Levels(favour=ALIKE)},
     "levels": {"importance": Importance(), "levels": Levels()},
     "fipo": PARTS | {"levels": Levels()},
 }
 """What each differs in from BatchTopK. `prefixes` are Nabeshima's (2024): drawn, of latents sorted by an EMA of their
 squared norms; there each is drawn by itself, here one draw moves all. `favour` alone, with Matryoshka, and ours without
-it; `unsettled` is ours without the last phase. `sparsity` is λ_s, chosen for an L0 near 6 on the model of 1,024
-features."""
+it; `six` is ours with six levels, `unsettled` that without the last phase. `sparsity` is λ_s, chosen for an L0 near 6
+on the model of 1,024 features."""
 
 SETTINGS = ("features", "width", "steps", "batch", "rate", "tokens")
-SHOWN = ("mcc", "f1", "precision", "recall", "explained_variance", "absorption", "composition", "uniqueness")
-SHOWN += ("mean_max_cosine", "dead_share", "l0", "ms_per_step")
+SHOWN = ("mcc", "f1", "precision", "recall", "explained_variance", "absorption", "orphaned", "composition")
+SHOWN += ("uniqueness", "mean_max_cosine", "dead_share", "l0", "ms_per_step")
 
 
 def config_of(
@@ -203,7 +206,7 @@ def table(rows: list[Row]) -> str:
     for (name, k), group in sorted(groups.items(), key=lambda one: (methods.index(one[0][0]), one[0][1])):
         cells = []
         for key in SHOWN:
-            values = [row[key] for row in group if row[key] is not None]
+            values = [row[key] for row in group if row.get(key) is not None]  # earlier results have fewer
             if not values:
                 cells.append("-")
                 continue

@@ -117,8 +117,9 @@ class Levels:
 
     order: Literal["fixed", "importance"] = "importance"
     """By index (Matryoshka) or by σ, largest first."""
-    shares: tuple[float, ...] = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
-    """Share of the dictionary in the first m levels; increasing, the last one is 1."""
+    shares: tuple[float, ...] = (1 / 256, 1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """Share of the dictionary in the first m levels; increasing, the last one is 1. The first ones are small, since
+    within a level nothing keeps a parent's few children from holding its direction in its place."""
     drawn: bool = True
     """Draw the cuts anew at each step, each between its share and the next one."""
     rise: float = 0.8

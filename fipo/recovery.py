@@ -5,10 +5,11 @@
     uniqueness   share of the latents whose closest feature no other latent has (counted as distinct features / F)
 
 as in `sae_lens.synthetic.eval_sae_on_synthetic_data` (6.54), whose numbers these equal; a latent that never fires
-counts 0 in precision, recall and F1. Random directions score .88 in uniqueness: it is no measure to win by. Two more:
+counts 0 in precision, recall and F1. Random directions score .88 in uniqueness: it is no measure to win by. Three more:
 
-    absorption   of the (token, feature) pairs where a feature fires together with a child of its own, the share on
-                 which the feature's latent is silent (Chanin et al. 2024, where the truth is known)
+    absorption   of the (token, feature) pairs where a feature that has a latent fires together with a child of its own,
+                 the share on which that latent is silent (Chanin et al. 2024, where the truth is known)
+    orphaned     of all such pairs, the share whose feature has no latent: a parent that all its children have absorbed
     composition  share of the latents whose direction needs a second feature: after the best one has been fitted,
                  another explains at least `SECOND` of its squared norm (two steps of orthogonal matching pursuit)
 
@@ -47,6 +48,8 @@ class Recovery(NamedTuple):
     """1 - FVU."""
     absorption: float
     """Share of co-firings with a child on which the parent's latent is silent; NaN where no such parent has one."""
+    orphaned: float
+    """Share of all co-firings with a child whose parent has no latent; NaN where there is none."""
     composition: float
     """Share of the latents that mix two or more features."""
     uniqueness: float
@@ -68,13 +71,13 @@ def recovery(sae: SAE, samples: Sequence[Sample], features_GD: Tensor, parent_G:
     cos_FG = absolute_cosines(sae.dec_FD, features_GD)
     closest_F = cos_FG.argmax(1)
     counts_3F = torch.zeros(3, sae.latents, dtype=torch.int64, device=cos_FG.device)
-    together = silent = 0
+    together = silent = alone = 0
     latent_G = latent_of_feature(cos_FG)
     for sample in samples:
         fires_BF, truth_BG = sae.encode(sample.acts_BD) > 0, sample.values_BG > 0
         counts_3F += detections(fires_BF, truth_BG[:, closest_F])
-        pairs, missed = absorbed(fires_BF, truth_BG, latent_G, parent_G)
-        together, silent = together + pairs, silent + missed
+        pairs, missed, orphans = absorbed(fires_BF, truth_BG, latent_G, parent_G)
+        together, silent, alone = together + pairs, silent + missed, alone + orphans
     sae.train(mode)
     precision, recall, f1 = (score_F.mean().item() for score_F in scores(counts_3F))
     return Recovery(
@@ -84,6 +87,7 @@ def recovery(sae: SAE, samples: Sequence[Sample], features_GD: Tensor, parent_G:
         recall=recall,
         explained_variance=1 - found.fvu,
         absorption=silent / together if together else float("nan"),
+        orphaned=alone / (alone + together) if alone + together else float("nan"),
         composition=composite(sae.dec_FD, features_GD).float().mean().item(),
         uniqueness=len(closest_F.unique()) / sae.latents,
         mean_max_cosine=max_cosines(sae.dec_FD).mean().item(),
@@ -126,16 +130,18 @@ def scores(counts_3F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return precision_F, recall_F, 2 * true_F / (2 * true_F + false_F + missed_F).clamp_min(1)
 
 
-def absorbed(fires_BF: Tensor, truth_BG: Tensor, latent_G: Tensor, parent_G: Tensor) -> tuple[int, int]:
-    """Number of (token, parent) pairs at which a parent that has a latent fires with a child, and of those at which
-    its latent is silent."""
+def absorbed(fires_BF: Tensor, truth_BG: Tensor, latent_G: Tensor, parent_G: Tensor) -> tuple[int, int, int]:
+    """Number of (token, parent) pairs at which a parent that has a latent fires with a child, of those at which its
+    latent is silent, and of those whose parent has no latent."""
     child_N = (parent_G >= 0).nonzero().squeeze(1)
     with_child_BG = torch.zeros_like(truth_BG, dtype=torch.int8)
     with_child_BG.index_add_(1, parent_G[child_N], truth_BG[:, child_N].to(torch.int8))
+    together_BG = (with_child_BG > 0) & truth_BG
     known_N = (latent_G >= 0).nonzero().squeeze(1)
-    together_BN = (with_child_BG[:, known_N] > 0) & truth_BG[:, known_N]
+    together_BN = together_BG[:, known_N]
     silent_BN = together_BN & ~fires_BF[:, latent_G[known_N]]
-    return int(together_BN.sum()), int(silent_BN.sum())
+    pairs = int(together_BN.sum())
+    return pairs, int(silent_BN.sum()), int(together_BG.sum()) - pairs
 
 
 def composite(dec_FD: Tensor, features_GD: Tensor) -> Tensor:

@@ -92,12 +92,12 @@ def test_a_hole_in_the_parent_s_latent_is_absorption():
     truth_BG = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
     fires_BF = truth_BG.clone()
     latent_G = latent_of_feature(absolute_cosines(features, features))
-    assert absorbed(fires_BF, truth_BG, latent_G, parent_G) == (4, 0)
+    assert absorbed(fires_BF, truth_BG, latent_G, parent_G) == (4, 0, 0)
     fires_BF[[1, 3], 0] = False
-    assert absorbed(fires_BF, truth_BG, latent_G, parent_G) == (4, 2)
+    assert absorbed(fires_BF, truth_BG, latent_G, parent_G) == (4, 2, 0)
     fires_BF[0, 0] = False  # alone: a miss, no absorption
-    assert absorbed(fires_BF, truth_BG, latent_G, parent_G) == (4, 2)
-    assert absorbed(fires_BF, truth_BG, torch.tensor([-1, 1, 2]), parent_G) == (0, 0), "a parent nobody learned"
+    assert absorbed(fires_BF, truth_BG, latent_G, parent_G) == (4, 2, 0)
+    assert absorbed(fires_BF, truth_BG, torch.tensor([-1, 1, 2]), parent_G) == (0, 0, 4), "a parent nobody learned"
 
 
 def test_absorption_of_a_planted_sae():
@@ -118,7 +118,22 @@ def test_absorption_of_a_planted_sae():
 
 def test_no_family_leaves_absorption_undefined():
     model = build(Truth(features=16, width=16, depth=0, roots=1), toys.seeded(1))
-    assert math.isnan(judge(perfect(model), model, 1000).absorption)
+    found = judge(perfect(model), model, 1000)
+    assert math.isnan(found.absorption) and math.isnan(found.orphaned)
+
+
+def test_parents_that_no_latent_has_are_counted():
+    """A perfect SAE, but that one parent's latent has the direction of its child instead."""
+    model = build(ORTHOGONAL, toys.seeded(1))
+    sae = perfect(model)
+    child = int(model.children_GK[0, 0])
+    lost = absolute_cosines(sae.dec_FD, model.features_GD)[:, 0].argmax()
+    sae.dec_FD.data[lost] = model.features_GD[child]
+    fires_NG = torch.cat([s.values_BG > 0 for s in model.batches(4000, 1000, toys.seeded(9))])
+    expected = fires_NG[:, model.parent_G == 0].sum() / fires_NG[:, model.parent_G >= 0].sum()
+    found = judge(sae, model)
+    assert found.orphaned == pytest.approx(expected.item(), rel=1e-6) and found.absorption == 0
+    assert judge(perfect(model), model).orphaned == 0
 
 
 def test_a_feature_s_latent_is_the_closest_of_those_that_prefer_it():
