@@ -92,7 +92,7 @@ def occasional(state: TrainState, acts_BD: Tensor, rounds: int) -> dict[str, flo
     """Seconds that fall to each step of what a step does not always do: a refresh of the candidate pairs, and Ω with
     its gradient. On a GPU, where Ω is a part of the recording, that is what a step with it takes longer."""
     assert state.config.penalty is not None
-    penalty, grad_FD = state.config.penalty, torch.zeros_like(state.sae.dec_FD)
+    penalty = state.config.penalty
 
     def refresh() -> None:
         step, state.step = state.step, 0
@@ -100,8 +100,7 @@ def occasional(state: TrainState, acts_BD: Tensor, rounds: int) -> dict[str, flo
         state.step = step
 
     def omega() -> None:
-        penalised = decoder_penalty(state, penalty, state.pairs_P2)
-        grad_FD.add_(torch.autograd.grad(penalised, state.sae.dec_FD)[0])
+        decoder_penalty(state, penalty, state.pairs_P2).backward()  # onto the gradient of the last step, as in a step
 
     def step(every: int) -> None:
         state.config = replace(state.config, penalty=replace(penalty, every=every))
