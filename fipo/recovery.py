@@ -71,13 +71,13 @@ def recovery(sae: SAE, samples: Sequence[Sample], features_GD: Tensor, parent_G:
     cos_FG = absolute_cosines(sae.dec_FD, features_GD)
     closest_F = cos_FG.argmax(1)
     counts_3F = torch.zeros(3, sae.latents, dtype=torch.int64, device=cos_FG.device)
-    together = silent = alone = 0
+    together = silent = orphans = 0
     latent_G = latent_of_feature(cos_FG)
     for sample in samples:
         fires_BF, truth_BG = sae.encode(sample.acts_BD) > 0, sample.values_BG > 0
         counts_3F += detections(fires_BF, truth_BG[:, closest_F])
-        pairs, missed, orphans = absorbed(fires_BF, truth_BG, latent_G, parent_G)
-        together, silent, alone = together + pairs, silent + missed, alone + orphans
+        pairs, missed, lost = absorbed(fires_BF, truth_BG, latent_G, parent_G)
+        together, silent, orphans = together + pairs, silent + missed, orphans + lost
     sae.train(mode)
     precision, recall, f1 = (score_F.mean().item() for score_F in scores(counts_3F))
     return Recovery(
@@ -87,7 +87,7 @@ def recovery(sae: SAE, samples: Sequence[Sample], features_GD: Tensor, parent_G:
         recall=recall,
         explained_variance=1 - found.fvu,
         absorption=silent / together if together else float("nan"),
-        orphaned=alone / (alone + together) if alone + together else float("nan"),
+        orphaned=orphans / (orphans + together) if orphans + together else float("nan"),
         composition=composite(sae.dec_FD, features_GD).float().mean().item(),
         uniqueness=len(closest_F.unique()) / sae.latents,
         mean_max_cosine=max_cosines(sae.dec_FD).mean().item(),

@@ -23,7 +23,11 @@ from fipo.train import loss_terms, numbers_of, plan_of, step_order, train_step
 
 REFERENCE = json.loads((Path(__file__).parent / "fixtures" / "saelens.json").read_text(encoding="utf-8"))["losses"]
 FIXED = {
-    **{"order": "fixed", "drawn": False, "short_power": 1.0, "favour": (0.0, 0.0, 0.0), "robust": 0.0},
+    "order": "fixed",
+    "drawn": False,
+    "short_power": 1.0,
+    "favour": (0.0, 0.0, 0.0),
+    "robust": 0.0,
     "decoder_only": 0.0,
 }
 MATRYOSHKA = Levels(**FIXED, shares=(0.25, 0.5, 1.0), stop_gradient=0.0)
