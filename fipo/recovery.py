@@ -71,14 +71,14 @@ def recovery(sae: SAE, samples: Sequence[Sample], features_GD: Tensor, parent_G:
     cos_FG = absolute_cosines(sae.dec_FD, features_GD)
     closest_F = cos_FG.argmax(1)
     counts_3F = torch.zeros(3, sae.latents, dtype=torch.int64, device=cos_FG.device)
-    together = silent = orphans = 0
+    absorbed_3 = torch.zeros(3, dtype=torch.int64, device=cos_FG.device)
     latent_G = latent_of_feature(cos_FG)
     for sample in samples:
         fires_BF, truth_BG = sae.encode(sample.acts_BD) > 0, sample.values_BG > 0
         counts_3F += detections(fires_BF, truth_BG[:, closest_F])
-        pairs, missed, lost = absorbed(fires_BF, truth_BG, latent_G, parent_G)
-        together, silent, orphans = together + pairs, silent + missed, orphans + lost
+        absorbed_3 += absorbed(fires_BF, truth_BG, latent_G, parent_G)
     sae.train(mode)
+    together, silent, orphans = absorbed_3.tolist()
     precision, recall, f1 = (score_F.mean().item() for score_F in scores(counts_3F))
     return Recovery(
         mcc=mean_matched_cosine(cos_FG),
@@ -130,8 +130,8 @@ def scores(counts_3F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return precision_F, recall_F, 2 * true_F / (2 * true_F + false_F + missed_F).clamp_min(1)
 
 
-def absorbed(fires_BF: Tensor, truth_BG: Tensor, latent_G: Tensor, parent_G: Tensor) -> tuple[int, int, int]:
-    """Number of (token, parent) pairs at which a parent that has a latent fires with a child, of those at which its
+def absorbed(fires_BF: Tensor, truth_BG: Tensor, latent_G: Tensor, parent_G: Tensor) -> Tensor:
+    """Number [3] of (token, parent) pairs at which a parent that has a latent fires with a child, of those at which its
     latent is silent, and of those whose parent has no latent."""
     child_N = (parent_G >= 0).nonzero().squeeze(1)
     with_child_BG = torch.zeros_like(truth_BG, dtype=torch.int8)
@@ -140,8 +140,7 @@ def absorbed(fires_BF: Tensor, truth_BG: Tensor, latent_G: Tensor, parent_G: Ten
     known_N = (latent_G >= 0).nonzero().squeeze(1)
     together_BN = together_BG[:, known_N]
     silent_BN = together_BN & ~fires_BF[:, latent_G[known_N]]
-    pairs = int(together_BN.sum())
-    return pairs, int(silent_BN.sum()), int(together_BG.sum()) - pairs
+    return torch.stack([together_BN.sum(), silent_BN.sum(), together_BG.sum() - together_BN.sum()])
 
 
 def composite(dec_FD: Tensor, features_GD: Tensor) -> Tensor:

@@ -92,12 +92,14 @@ def test_a_hole_in_the_parent_s_latent_is_absorption():
     truth_BG = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
     fires_BF = truth_BG.clone()
     latent_G = latent_of_feature(absolute_cosines(features, features))
-    assert absorbed(fires_BF, truth_BG, latent_G, parent_G) == (4, 0, 0)
+    assert absorbed(fires_BF, truth_BG, latent_G, parent_G).tolist() == [4, 0, 0]
     fires_BF[[1, 3], 0] = False
-    assert absorbed(fires_BF, truth_BG, latent_G, parent_G) == (4, 2, 0)
+    assert absorbed(fires_BF, truth_BG, latent_G, parent_G).tolist() == [4, 2, 0]
     fires_BF[0, 0] = False  # alone: a miss, no absorption
-    assert absorbed(fires_BF, truth_BG, latent_G, parent_G) == (4, 2, 0)
-    assert absorbed(fires_BF, truth_BG, torch.tensor([-1, 1, 2]), parent_G) == (0, 0, 4), "a parent nobody learned"
+    assert absorbed(fires_BF, truth_BG, latent_G, parent_G).tolist() == [4, 2, 0]
+    assert absorbed(fires_BF, truth_BG, torch.tensor([-1, 1, 2]), parent_G).tolist() == [0, 0, 4], (
+        "a parent nobody learned"
+    )
 
 
 def test_absorption_of_a_planted_sae():

@@ -1,5 +1,8 @@
 """fipo.data.store: what was harvested is read back, found again under its key alone, whole or not at all."""
 
+import errno
+import time
+
 import pytest
 import torch
 from toys import seeded
@@ -239,6 +242,41 @@ def test_interrupted_harvest_leaves_nothing(own_cache, error):
         open_or_harvest({"key": 1}, breaks, tokens=None)
     assert contents(own_cache) == []
     assert open_or_harvest({"key": 1}, chunks, tokens=None).tokens == 37
+
+
+def test_a_disk_slower_than_the_harvest(monkeypatch):
+    """The next shard is filled meanwhile, and none before it is written."""
+    write, together, most = store.write_tensors, [], []
+
+    def slowly(file, tensors):
+        together.append(file)
+        most.append(len(together))
+        time.sleep(0.05)
+        write(file, tensors)
+        together.remove(file)
+
+    monkeypatch.setattr(store, "write_tensors", slowly)
+    made = open_or_harvest({"key": 1}, lambda: chunks((64, 5)), tokens=None)
+    assert torch.equal(made.read(0, 69), whole((64, 5))) and most == [1] * 7
+
+
+def test_a_disk_that_is_full_while_the_harvest_goes_on(monkeypatch, own_cache):
+    harvested, write = [], store.write_tensors
+
+    def full(file, tensors):
+        if file.name == "shard_00001.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, tensors)
+
+    def counted():
+        for chunk in chunks((10,) * 9):
+            harvested.append(chunk)
+            yield chunk
+
+    monkeypatch.setattr(store, "write_tensors", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        open_or_harvest({"key": 1}, counted, tokens=None)
+    assert len(harvested) == 3 and not [path for path in contents(own_cache) if path.suffix != ".lock"]
 
 
 def test_nothing_to_keep(own_cache):

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -208,36 +209,50 @@ def _clear_stale(ours: Path) -> None:
 
 
 def _write(folder: Path, key: dict[str, Any], chunks: Iterable[Chunk], tokens: int | None) -> None:
-    shards: list[dict[str, Any]] = []
-    shard: Chunk | None = None  # filled in place, time and again: fresh memory costs as much as the copy
-    filled = total = 0
-
-    def flush() -> None:
-        assert shard is not None
-        file = folder / _shard_name(len(shards))
-        write_tensors(file, {name: held[:filled] for name, held in shard._asdict().items()})
-        shards.append({"file": file.name, "tokens": filled, "sha256": sha256_file(file)})
-
-    for chunk in chunks:
-        room = len(chunk.text_N) if tokens is None else min(len(chunk.text_N), tokens - total)
-        total += room
-        if shard is None:
-            shard = Chunk(*(part.new_empty((SHARD_TOKENS, *part.shape[1:]), device="cpu") for part in chunk))
-        done = 0
-        while done < room:
-            count = min(room - done, SHARD_TOKENS - filled)
-            for held, part in zip(shard, chunk, strict=True):
-                held[filled : filled + count] = part[done : done + count]
-            done, filled = done + count, filled + count
-            if filled == SHARD_TOKENS:
-                flush()
-                filled = 0
-        if total == tokens:
-            break
+    """Write a store: a shard beside the harvest of the next one, at most one at a time."""
+    writing: list[Future[dict[str, Any]]] = []
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        for number, shard in enumerate(_shards(chunks, tokens)):
+            if writing:
+                writing[-1].result()  # its memory is filled anew from here on
+            writing.append(writer.submit(_write_shard, folder / _shard_name(number), shard))
+    shards = [one.result() for one in writing]
+    total = sum(shard["tokens"] for shard in shards)
     if total == 0:
         raise UserError("the text has no content token: it is empty, or holds special tokens only; give other text")
     if tokens is not None and total < tokens:
         raise too_short(total, tokens)
-    if filled:
-        flush()
     write_json(folder / MANIFEST, {"format": FORMAT, "key": key, "tokens": total, "shards": shards})
+
+
+def _shards(chunks: Iterable[Chunk], tokens: int | None) -> Iterator[Chunk]:
+    """Chunks put together, full shards but for the last, at most `tokens` in all. A shard is written over once the
+    next one has been taken: there are two, filled in turns, since fresh memory costs as much as the copy."""
+    held: list[Chunk] = []
+    filled = total = 0
+    for chunk in chunks:
+        room = len(chunk.text_N) if tokens is None else min(len(chunk.text_N), tokens - total)
+        total += room
+        if not held:
+            shapes = [(part.dtype, (SHARD_TOKENS, *part.shape[1:])) for part in chunk]
+            held = [Chunk(*(torch.empty(shape, dtype=dtype) for dtype, shape in shapes)) for _ in range(2)]
+        done = 0
+        while done < room:
+            count = min(room - done, SHARD_TOKENS - filled)
+            for whole, part in zip(held[0], chunk, strict=True):
+                whole[filled : filled + count] = part[done : done + count]
+            done, filled = done + count, filled + count
+            if filled == SHARD_TOKENS:
+                yield held[0]
+                held.reverse()
+                filled = 0
+        if total == tokens:
+            break
+    if filled:
+        yield Chunk(*(part[:filled] for part in held[0]))
+
+
+def _write_shard(file: Path, shard: Chunk) -> dict[str, Any]:
+    """Write it; gives what the manifest says of it."""
+    write_tensors(file, shard._asdict())
+    return {"file": file.name, "tokens": len(shard.text_N), "sha256": sha256_file(file)}
