@@ -189,7 +189,7 @@ def _score_layer(pooled: dict[tuple[str, object], Tensor], tasks: Draws, layer: 
     mean_D, directions_DC = controls.principal_components(llm_ND[: tasks.train_texts])
     return {
         "llm": tasks.score("llm", llm_ND, full=True),
-        "pca": tasks.score("pca", (llm_ND - mean_D) @ directions_DC, full=False),
+        "pca": tasks.score("pca", (llm_ND.float() - mean_D) @ directions_DC, full=False),
     }
 
 

@@ -17,6 +17,9 @@ from torch.nn.functional import normalize
 from fipo.errors import UserError
 from fipo.sae import SAE
 
+LEAST_VARIANCE = 1e-12
+"""Share of the mean square below which a variance is rounding, of numbers that are all the same."""
+
 
 class Quality(NamedTuple):
     """What held-out text says about an SAE."""
@@ -56,7 +59,7 @@ def quality(sae: SAE, batches: Iterable[Tensor]) -> Quality:
     if tokens == 0:
         raise ValueError("quality: no activations were given")
     variance = square - sum_D.pow(2).sum().item() / tokens
-    if variance <= 0:
+    if variance <= LEAST_VARIANCE * square:
         raise UserError(
             f"the {int(tokens)} held-out tokens are all alike, so that there is nothing to explain; hold out more"
         )

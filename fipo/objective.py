@@ -61,7 +61,6 @@ def orthogonality(
     yields: str = "less_important",
     margin: float = 0.0,
     probability: Callable[[Tensor], Tensor] | None = None,
-    held_FD: Tensor | None = None,
 ) -> Tensor:
     """Ω: what the latents share with more important ones, per latent (METHOD section 4).
 
@@ -73,15 +72,13 @@ def orthogonality(
     the F latents. Anti-parallel rows do not compete for the same tokens and pay nothing; nor does a latent
     that is paired with itself, by which pairs can be filled up to a number.
 
-    `dec_FD` has any row norms; `held_FD` are the rows that hold (default: `dec_FD`, detached). No pair: exactly 0.
+    `dec_FD` has any row norms. No pair: exactly 0.
     """
-    rows_RD = dec_FD.detach() if held_FD is None else torch.cat([dec_FD.detach(), held_FD])
-    first_held = rows_RD.shape[0] - dec_FD.shape[0]
     upper_P, lower_P = by_priority(sigma_F, pairs_P2)
     share_P = precedence(sigma_F[upper_P], sigma_F[lower_P])
 
     def payments(payer_P: Tensor, holder_P: Tensor, share_P: Tensor) -> Tensor:
-        cos_P = _Cosines.apply(dec_FD, rows_RD, payer_P, holder_P + first_held)
+        cos_P = _Cosines.apply(dec_FD, dec_FD.detach(), payer_P, holder_P)
         cost_P = share_P * (payer_P != holder_P) * (cos_P - margin).relu().pow(2)
         if estimator != "unbiased" or probability is None:
             return cost_P

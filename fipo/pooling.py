@@ -60,7 +60,7 @@ def pool(
     precision: Precision = "float32",
     widest: int | None = None,
 ) -> list[Tensor]:
-    """Means over each text's content tokens, [N, F] a map, in float32 (of numbers rounded to `precision`).
+    """Means over each text's content tokens, [N, F] a map, in `precision`.
 
     `layers` names the second axis of the chunks. With `bfloat16` the maps are expected to round their own arithmetic.
     `widest`: width that sets how many tokens are encoded at a time, where it is not that of these maps.
@@ -96,7 +96,7 @@ def pool(
     for one, sum_NF in zip(maps, sums, strict=True):
         count_N1 = counts[layers.index(one.layer)][:, None]
         means.append(sum_NF.bfloat16() / count_N1.bfloat16() if low else sum_NF.div_(count_N1))
-    return [mean_NF.float().cpu() for mean_NF in means]
+    return [mean_NF.cpu() for mean_NF in means]
 
 
 def pieces(chunks: Iterable[Chunk], widest: int, device: str) -> Iterator[Chunk]:
@@ -132,7 +132,9 @@ def pool_or_read(
     found: list[Tensor | None] = []
     for one, name in zip(maps, keys, strict=True):
         pooled_NF = read_kept(name) if one.keep else None
-        found.append(pooled_NF if pooled_NF is not None and pooled_NF.shape == (texts, one.width) else None)
+        shape, dtype = (texts, one.width), getattr(torch, precision)
+        fits = pooled_NF is not None and pooled_NF.shape == shape and pooled_NF.dtype == dtype
+        found.append(pooled_NF if fits else None)
     missing = [number for number, pooled_NF in enumerate(found) if pooled_NF is None]
     if missing:
         widest = max(one.width for one in maps)  # of all, so that what is missing is made as in a first run, bit by bit

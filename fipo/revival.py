@@ -16,7 +16,9 @@ from fipo.sae import SAE
 
 @torch.no_grad()
 def revive(sae: SAE, optimizer: Adam, dead_F: Tensor, candidates_RD: Tensor, encoder_scale: float) -> Tensor:
-    """Point dead latents at the first of `candidates_RD` (standardised inputs), one each; returns those latents."""
+    """Point dead latents at the first of `candidates_RD` (standardised inputs) that have a direction, one each; returns
+    those latents."""
+    candidates_RD = candidates_RD[candidates_RD.any(dim=1)]
     latents = dead_F.nonzero().squeeze(1)[: candidates_RD.shape[0]]
     if latents.numel() == 0:
         return latents

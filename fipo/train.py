@@ -71,8 +71,7 @@ class Numbers(NamedTuple):
 def train_step(state: TrainState, acts_BD: Tensor) -> StepReport:
     """One step on model activations [B, D]: the only mutator of `state`. `UserError` where it is not finite, behind the
     last step of the run, and in one of several ranks, which would share their importance and nothing else: gradients
-    and BatchTopK's budget are local.
-    """
+    and BatchTopK's budget are local."""
     if several_ranks():
         raise UserError("a training step in one of several ranks is given; expected one process: start it without them")
     if state.step >= state.config.workload.steps:
@@ -150,9 +149,11 @@ def recordable(state: TrainState) -> bool:
 def padded(state: TrainState) -> Tensor:
     """The candidate pairs, filled up to as many as there can be by pairs of a latent with itself, which are free."""
     settings, graphs = state.config.lsh, state.graphs
+    if state.config.penalty is None or settings is None or settings.partners is None:  # nobody reads them
+        return state.pairs_P2[:0]
     if graphs is not None and graphs.padded is not None and graphs.padded[0] is state.pairs_P2:
         return graphs.padded[1]
-    most = settings.partners * state.sae.latents if settings is not None and settings.partners is not None else 0
+    most = settings.partners * state.sae.latents
     filled_P2 = (torch.arange(most, device=state.pairs_P2.device) % state.sae.latents)[:, None].repeat(1, 2)
     filled_P2[: len(state.pairs_P2)] = state.pairs_P2
     if graphs is not None:
@@ -254,7 +255,6 @@ def decoder_penalty(state: TrainState, penalty: Penalty, pairs_P2: Tensor) -> Te
         return objective.chunked_orthogonality(dec_FD, order_F, penalty.chunk)
     settings = state.config.lsh
     assert settings is not None
-    bits = settings.bits_of(len(dec_FD))
     return objective.orthogonality(
         dec_FD,
         state.importance.values(),
@@ -262,7 +262,7 @@ def decoder_penalty(state: TrainState, penalty: Penalty, pairs_P2: Tensor) -> Te
         estimator=penalty.estimator,
         yields=penalty.yields,
         margin=penalty.margin,
-        probability=lambda cos: lsh.collision_probability(cos, settings.tables, bits),
+        probability=lambda cos: lsh.collision_probability(cos, settings.tables, settings.bits_of(len(dec_FD))),
     )
 
 

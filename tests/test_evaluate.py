@@ -130,6 +130,8 @@ def test_bfloat16_is_close_and_not_the_same(lm, data):
     )
     means = [[one.scores["sae"].first.right[5].double().mean().item() for one in result] for result in (exact, rounded)]
     assert means[0] == pytest.approx(means[1], abs=0.1)
+    for result, dtype in ((exact, torch.float32), (rounded, torch.bfloat16)):  # in which latents are chosen
+        assert all(one.scores[who].first.difference_TK.dtype == dtype for one in result for who in ("sae", "llm"))
 
 
 def test_repeats_have_a_spread_and_leave_the_result_alone(lm, data):

@@ -123,17 +123,17 @@ def test_of_more_ties_than_there_is_room_for_the_last_are_missing():
 # Loss and update
 
 
-def some_codes(behind: int) -> sparse.Codes:
-    """Seven tokens of 0 to about 20 pairs with 40 latents; the third has none. So many zeros stand behind them."""
-    keep_BF = torch.rand(7, 40, generator=toys.seeded(1)) < 0.3
-    keep_BF[2] = False
+def some_codes(behind: int, batch: int = 7) -> sparse.Codes:
+    """Tokens of 0 to about 20 pairs with 40 latents; the third has none. So many zeros stand behind them."""
+    keep_BF = torch.rand(batch, 40, generator=toys.seeded(1)) < 0.3
+    keep_BF[2:3] = False
     token_N, latent_N = keep_BF.nonzero(as_tuple=True)
     found = torch.tensor(len(token_N))
     fill = torch.arange(behind)
-    token_N, latent_N = torch.cat([token_N, fill % 7]), torch.cat([latent_N, fill % 40])
+    token_N, latent_N = torch.cat([token_N, fill % batch]), torch.cat([latent_N, fill % 40])
     values_N = torch.rand(len(token_N), generator=toys.seeded(2)) * (torch.arange(len(token_N)) < found)
     given = (part.to(DEVICE) for part in (values_N, token_N, latent_N))
-    return sparse.pairs(*given, 7, 40, found.to(DEVICE) if behind else None)
+    return sparse.pairs(*given, batch, 40, found.to(DEVICE) if behind else None)
 
 
 def error_and_gradients(codes: sparse.Codes, levels: int, s, plain: float, robust: float):
@@ -141,7 +141,7 @@ def error_and_gradients(codes: sparse.Codes, levels: int, s, plain: float, robus
     values_N = codes.values_N.clone().requires_grad_()
     dec_FD, bias_D = (drawn(40, 300, seed=3) / 17).requires_grad_(), drawn(300, seed=4).requires_grad_()
     level_F = torch.arange(40, device=DEVICE) % levels if levels > 1 else None
-    given = codes._replace(values_N=values_N), dec_FD, bias_D, drawn(7, 300, seed=5)
+    given = codes._replace(values_N=values_N), dec_FD, bias_D, drawn(codes.batch, 300, seed=5)
     loss, residual_BD = reconstruction.reconstruction_error(*given, level_F, levels, s, plain, robust)
     return loss, residual_BD, *torch.autograd.grad(2 * loss, (values_N, dec_FD, bias_D))
 
@@ -160,6 +160,16 @@ def test_nested_error_and_its_gradient(levels, s, plain, robust, behind, by_kern
         for ours, theirs in zip(found, expected, strict=True):
             ours, theirs = (part[real_N] if part.shape == real_N.shape else part for part in (ours, theirs))
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 31, 32, 33, 65])
+def test_every_token_is_in_the_gradients(batch, by_kernels):
+    """Of the bias too, which is added up in parts of the batch."""
+    found = []
+    for on in (True, False):
+        by_kernels(on)
+        found.append(error_and_gradients(some_codes(0, batch), 2, 0.5, 0.0, 1.0))
+    assert all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6) for ours, theirs in zip(*found, strict=True))
 
 
 def test_activations_may_be_of_any_layout(by_kernels):
@@ -235,8 +245,8 @@ def test_steps_by_kernels_are_steps_without(name, autocast, by_kernels):
         for acts_BD in toys.activations(4):
             report = train_step(state, acts_BD.to(DEVICE))
         codes_BF = report.codes.dense()
-        found.append((state.sae.dec_FD, state.sae.enc_FD, state.importance.values(), codes_BF, report.residual_BD))
-    assert (found[0][3] > 0).any()
+        found.append((codes_BF, *state.sae.parameters(), state.importance.values(), report.residual_BD))
+    assert (found[0][0] > 0).any()
     for ours, theirs in zip(*found, strict=True):
         near = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-4, "atol": 1e-5}  # bfloat16 has 8 bits
         assert torch.allclose(ours.detach(), theirs.detach(), **near)
@@ -359,6 +369,23 @@ def test_a_gpu_is_asked_for_dead_latents_when_it_is_waited_for_and_has_places_fo
         dead.append(int((silent_F >= 300).sum()))
     assert asked == [0, 16, 32] and places == [1] * 16 + [8] * 24
     assert dead[12:14] == [0, 1] and dead[16:18] == [1, 6] and dead[-1] == 6
+
+
+def test_places_for_dead_latents_are_resumed():
+    """They are asked for now and then alone: a run that goes on in between must know them."""
+    config = toys.run_config("run_6")
+    states = [build_state(config, 0, torch.zeros(toys.WIDTH), 1.0) for _ in range(2)]
+    states[0].dead_places = 8
+    states[1].load_state_dict(states[0].state_dict())
+    assert states[1].dead_places == 8
+
+
+@pytest.mark.parametrize("partners", [2, None])
+def test_pairs_that_nobody_reads_are_in_no_recording(partners):
+    config = toys.run_config("run_6", penalty=None, lsh=LSH(partners=partners), optimiser=Optimiser())
+    state = build_state(config, 0, torch.zeros(toys.WIDTH), 1.0)
+    train_step(state, toys.activations(1)[0])
+    assert len(state.pairs_P2) > 0 and train.recordable(state) and padded(state).shape == (0, 2)
 
 
 @pytest.mark.parametrize("places", [2, 5, toys.LATENTS])

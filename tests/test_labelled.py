@@ -127,6 +127,17 @@ def test_no_test_text_is_a_training_text(tmp_path):
         assert train.isdisjoint(text for texts in data.test.values() for text in texts)
 
 
+def test_a_text_given_twice_is_one_and_one_of_two_classes_none(tmp_path):
+    """Repeated draws mix both splits: what is in them twice would be trained and tested on."""
+    both = [("both", "a"), ("both", "b")]
+    train = [*rows("a", 3), *rows("a", 3), *rows("b", 4), *both]
+    write(tmp_path, train, [*rows("a", 2, "test") * 2, *rows("b", 2, "test"), *both, ("either", "a"), ("either", "b")])
+    data = load(tmp_path, 3, 2)
+    assert len(set(data.texts)) == len(data.texts) == 10 and not {"both", "either"} & set(data.texts)
+    with pytest.raises(UserError, match="class a has 5 texts, 3 left for train; 4 are needed"):
+        load(tmp_path, 4, 2)
+
+
 def test_unknown_name():
     with pytest.raises(UserError, match="probing dataset no/such is neither a folder nor known; known are sae-probes/"):
         load("no/such")

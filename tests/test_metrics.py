@@ -94,3 +94,6 @@ def test_max_cosines_of_duplicates_orthogonal_opposite_and_single_rows():
 def test_tokens_that_are_all_alike_are_told():
     with pytest.raises(UserError, match="the 6 held-out tokens are all alike"):
         quality(sae(), [torch.zeros(2, WIDTH)] * 3)
+    for seed in range(20):  # sums of numbers that are all the same are not always the same to the last bit
+        with pytest.raises(UserError, match="the 1000 held-out tokens are all alike"):
+            quality(sae(), [torch.randn(WIDTH, generator=toys.seeded(seed)).expand(1000, WIDTH)])

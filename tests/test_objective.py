@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import toys
+from torch.nn.functional import normalize
 
 from fipo.decoding import decode_levels
 from fipo.lsh import candidate_pairs, collision_probability
@@ -257,24 +258,30 @@ def test_orthogonality_is_blind_to_row_scale_sigma_scale_and_pair_order(estimato
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("yields", YIELDS)
-def test_gradcheck_in_float64_with_the_holders_held(estimator, yields):
-    """For `unbiased` the probability is a constant of the gradient: it is frozen at the point of the check."""
-    held_FD, pairs_P2 = rows(), all_pairs()
-    unit_FD = held_FD / held_FD.norm(dim=1, keepdim=True)
-    frozen_P = probability((unit_FD[pairs_P2[:, 0]] * unit_FD[pairs_P2[:, 1]]).sum(1))
+def test_the_gradient_is_that_of_finite_differences_with_the_holders_held(estimator, yields):
+    """For `unbiased` the probability is held as well."""
+    here_FD, sigma_F, pairs_P2 = rows(), sigma(), all_pairs()
 
     def omega(dec_FD: torch.Tensor) -> torch.Tensor:
-        return orthogonality(
-            dec_FD,
-            sigma(),
-            pairs_P2,
-            estimator=estimator,
-            yields=yields,
-            probability=lambda _: frozen_P,
-            held_FD=held_FD,
-        )
+        """The sums of `brute_orthogonality`, of payers that move and holders that do not."""
+        cos_FF = normalize(dec_FD, dim=1) @ normalize(here_FD, dim=1).T
+        there_FF = normalize(here_FD, dim=1) @ normalize(here_FD, dim=1).T
+        cost_FF = sigma_F / (sigma_F + sigma_F[:, None]) * cos_FF.relu().pow(2)  # a row pays to a column
+        pays_FF = ~torch.eye(LATENTS, dtype=torch.bool)
+        if yields == "less_important":
+            pays_FF &= sigma_F[None, :] > sigma_F[:, None]
+        cost_FF = (cost_FF / probability(there_FF) if estimator == "unbiased" else cost_FF) * pays_FF
+        return (cost_FF.amax(1) if estimator == "max" else cost_FF.sum(1)).mean()
 
-    assert torch.autograd.gradcheck(omega, (rows().requires_grad_(),))
+    dec_FD, keywords = here_FD.clone().requires_grad_(), dict(estimator=estimator, yields=yields)
+    value = orthogonality(dec_FD, sigma_F, pairs_P2, probability=probability, **keywords)
+    assert torch.allclose(value, omega(here_FD))
+    expected_FD = torch.zeros_like(here_FD)
+    for place in range(here_FD.numel()):
+        step_FD = torch.zeros(here_FD.numel(), dtype=torch.float64).index_fill(0, torch.tensor(place), 1e-6)
+        step_FD = step_FD.view_as(here_FD)
+        expected_FD.view(-1)[place] = (omega(here_FD + step_FD) - omega(here_FD - step_FD)) / 2e-6
+    assert torch.allclose(torch.autograd.grad(value, dec_FD)[0], expected_FD, rtol=1e-6, atol=1e-9)
 
 
 def test_gradient_of_unbiased_treats_the_probability_as_a_constant():

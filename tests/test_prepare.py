@@ -179,5 +179,6 @@ def test_statistics_against_numpy_in_float64():
 
 
 def test_activations_that_do_not_vary():
-    with pytest.raises(UserError, match="do not vary"):
-        statistics(torch.ones(10, 1, 4))
+    for seed in range(20):  # sums of numbers that are all the same are not always the same to the last bit
+        with pytest.raises(UserError, match="do not vary"):
+            statistics(torch.randn(256, generator=seeded(seed)).expand(1000, 1, 256))

@@ -1,5 +1,7 @@
 """fipo.probing against scikit-learn, brute force and planted truth: tasks, logistic regression, choice of features."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -70,6 +72,14 @@ def test_mean_difference_by_brute_force():
         rows, positive = features_NF[tasks.rows_TM[task]], tasks.labels_TM[task] == 1
         expected_F = rows[positive].mean(0) - rows[~positive].mean(0)
         torch.testing.assert_close(given_TF[task], expected_F)
+
+
+def test_mean_difference_in_bfloat16_is_rounded_as_saebench_s():
+    features_NF, tasks = features(100, 7).bfloat16(), random_tasks()
+    given_TF = mean_difference(features_NF, tasks)
+    for task in range(5):
+        rows, positive = features_NF[tasks.rows_TM[task]], tasks.labels_TM[task] == 1
+        assert torch.equal(given_TF[task], rows[positive].mean(0) - rows[~positive].mean(0))
 
 
 def test_mean_difference_of_unequal_sides():
@@ -239,3 +249,34 @@ def test_a_full_probe_is_a_plain_training_loop(share):
                 break
     assert full_accuracies(train_NF, test_NF, task, task, seeded(9)).item() == pytest.approx(best, abs=1e-6)
     assert best > 0.7
+
+
+def test_full_probes_beside_one_another_stop_each_on_its_own():
+    """Of noise: where one has stopped, what its weights do next is of no account."""
+    stopped = set()
+    for seed in range(4):
+        train_NF, test_NF, tasks = features(250, 30, seed), features(250, 30, seed + 50), random_tasks([50] * 5)
+        given_T = full_accuracies(train_NF, test_NF, tasks, tasks, seeded(seed))
+        generator = seeded(seed)
+        weights_TF, bias_T = torch.empty(5, 30), torch.empty(5)
+        torch.nn.init.kaiming_uniform_(weights_TF, a=math.sqrt(5), generator=generator)
+        bias_T.uniform_(-1 / math.sqrt(30), 1 / math.sqrt(30), generator=generator)
+        parameters = [[weights_TF[task, None].clone(), bias_T[task, None].clone()] for task in range(5)]
+        optimizers = [torch.optim.AdamW([one.requires_grad_() for one in both], lr=0.01) for both in parameters]
+        best, waited = [0.0] * 5, [0] * 5
+        for epoch in range(100):
+            running = [task for task in range(5) if waited[task] < 10]
+            stopped |= {epoch} if len(running) in range(1, 5) else set()
+            orders = [torch.randperm(100, generator=generator) for _ in running]
+            for task, order_M in zip(running, orders, strict=True):
+                rows_M, labels_M = tasks.rows_TM[task], tasks.labels_TM[task]
+                logits_M = torch.nn.functional.linear(train_NF[rows_M[order_M]], *parameters[task])[:, 0]
+                optimizers[task].zero_grad()
+                torch.nn.functional.binary_cross_entropy_with_logits(logits_M, labels_M[order_M]).backward()
+                optimizers[task].step()
+                right_M = (torch.nn.functional.linear(test_NF[rows_M], *parameters[task])[:, 0] > 0) == (labels_M > 0)
+                accuracy = right_M.float().mean().item()
+                waited[task] = 0 if accuracy > best[task] else waited[task] + 1
+                best[task] = max(best[task], accuracy)
+        assert given_T.tolist() == pytest.approx(best, abs=1e-6)
+    assert stopped, "some stop before others"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import toys
+from torch.nn.functional import normalize
 
 from fipo.activations import ReLU
 from fipo.revival import revive
@@ -78,6 +79,13 @@ def test_nobody_dead_or_nothing_to_point_at_changes_nothing(dead, count):
     dead_F = dead_latents(*dead) if dead else torch.zeros(LATENTS, dtype=torch.bool)
     assert revive(sae, optimizer, dead_F, inputs(count), 0.5).numel() == 0
     assert all(torch.equal(value, before[name]) for name, value in tensors(sae, optimizer).items())
+
+
+def test_an_input_without_a_direction_is_left_out():
+    sae, optimizer = trained()
+    inputs_RD = inputs(4).index_fill(0, torch.tensor([0, 2]), 0.0)
+    assert revive(sae, optimizer, dead_latents(1, 4, 6), inputs_RD, 0.5).tolist() == [1, 4]
+    assert torch.allclose(sae.dec_FD[[1, 4]], normalize(inputs_RD[[1, 3]], dim=1))
 
 
 def test_all_dead_before_the_first_step():

@@ -6,6 +6,7 @@ A name is one of SAEBench's eight (fipo.data.saebench_text; NAME@REVISION pins i
 """
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class LabelledText:
     train: dict[str, list[str]]
     """Class -> training texts, as many in each."""
     test: dict[str, list[str]]
-    """Class -> test texts, as many in each; none of them is a training text."""
+    """Class -> test texts, as many in each; of a hub dataset some may be training texts too, as in SAEBench."""
     revision: str | None = None
     """Revision of a hub dataset; the texts of a local one are named by `fingerprint` alone."""
 
@@ -81,9 +82,9 @@ def load_labelled(name: str, probing: Probing, seed: int) -> LabelledText:
 
 
 def _from_folder(folder: Path, probing: Probing, seed: int) -> LabelledText:
-    splits = {split: _read_split(folder, split) for split in ("train", "test")}
-    trained = {text for texts in splits["train"].values() for text in texts}
-    splits["test"] = {label: [text for text in texts if text not in trained] for label, texts in splits["test"].items()}
+    given = {split: _read_split(folder, split) for split in ("train", "test")}
+    trained = {text for texts in given["train"].values() for text in texts}
+    splits = {"train": _distinct(given["train"], set()), "test": _distinct(given["test"], trained)}
     for split, other in (("train", "test"), ("test", "train")):
         alone = sorted(set(splits[split]) - set(splits[other]))
         if alone:
@@ -98,6 +99,15 @@ def _from_folder(folder: Path, probing: Probing, seed: int) -> LabelledText:
     }
     counts = {label: len(splits["train"][label]) + len(splits["test"][label]) for label in splits["train"]}
     return _checked(LabelledText(folder.name, chosen["train"], chosen["test"]), probing, counts)
+
+
+def _distinct(classes: dict[str, list[str]], without: set[str]) -> dict[str, list[str]]:
+    """Every class's texts once each, in their order; but for those of two classes, or of `without`."""
+    owners = Counter(text for texts in classes.values() for text in set(texts))
+    return {
+        label: [text for text in dict.fromkeys(texts) if owners[text] == 1 and text not in without]
+        for label, texts in classes.items()
+    }
 
 
 def _read_split(folder: Path, split: str) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from fipo.data.lm import LanguageModel
 from fipo.data.store import ActivationStore, open_or_harvest, too_short
 from fipo.data.text import open_text
 from fipo.errors import UserError
+from fipo.metrics import LEAST_VARIANCE
 from fipo.progress import progress
 
 
@@ -80,8 +81,9 @@ def statistics(acts_NLD: Tensor) -> tuple[Tensor, Tensor]:
         sum_LD += part_NLD.sum(0)
         square_L += part_NLD.pow(2).sum((0, 2))
     mean_LD = sum_LD / acts_NLD.shape[0]
-    variance_L = square_L / acts_NLD.shape[0] - mean_LD.pow(2).sum(1)
-    if not (variance_L > 0).all():
+    square_L /= acts_NLD.shape[0]
+    variance_L = square_L - mean_LD.pow(2).sum(1)
+    if not (variance_L > LEAST_VARIANCE * square_L).all():
         raise UserError("the activations of a layer do not vary: every token has the same; check model and text")
     return mean_LD.float(), (width / variance_L).sqrt().float()
 

@@ -52,7 +52,7 @@ def nested_error(
     weight_B = weight_B / weight_B.mean()
     divisor_N = 1 / torch.cat([weight_B, weight_B.new_ones(1)])[token_N]
     grad_N = row_products(grad_RD, bag_N.clamp_max(batch * levels - 1), dec_FD, latent_N) / divisor_N
-    first_B, starts_C = (torch.arange(0, batch + step - 1, step, device=device) for step in (1, _TOKENS))
+    first_B, starts_C = torch.arange(batch, device=device), torch.arange(0, batch + _TOKENS, _TOKENS, device=device)
     grad_D = sum_rows(grad_RD, first_B * levels, weight_B, starts_C.clamp_max(batch), torch.float32).sum(0)
     return grad_RD.unflatten(0, (batch, levels)), grad_N, grad_D, left_BD, squares_MBT.sum((1, 2)), divisor_N
 
