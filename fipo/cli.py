@@ -81,7 +81,6 @@ def _add_probe(parser: argparse.ArgumentParser) -> None:
 
 
 def _probe(given: argparse.Namespace) -> None:
-    chosen = {"model": given.model, "dtype": given.dtype, "context": given.context}
     try:
         ks = tuple(int(k) for k in (given.k or DEFAULT_KS[given.suite]).split(","))
     except ValueError as error:
@@ -91,27 +90,34 @@ def _probe(given: argparse.Namespace) -> None:
     bits = SEED_BITS[given.suite]
     if not 0 <= given.seed < 2**bits:
         raise UserError(f"--seed is {given.seed}; expected zero or more, for {given.suite} of at most {bits} bits")
-    if given.context is not None and given.context < 3:
-        raise UserError(f"--context is {given.context}; expected more than 2 tokens")
-    own = {name: getattr(given, name) for name in SAEBENCH_ONLY if getattr(given, name) is not None}
+    own = {name: value for name in (*SAEBENCH_ONLY, "context") if (value := getattr(given, name)) is not None}
     if given.suite == "sae-probes":
         from fipo import suite_job
 
         if own:
             raise UserError(f"--{next(iter(own))} means nothing to --suite sae-probes, which fixes it; leave it out")
-        suite_job.run(given.folders, given.datasets, ks, given.seed, given.out, **chosen)
+        suite_job.run(given.folders, given.datasets, ks, given.seed, given.out, given.model, given.dtype)
         return
     if not given.datasets:
         raise UserError("--datasets is missing; name datasets or folders, or give --suite sae-probes")
     from fipo import probe_job
     from fipo.config import Probing
 
-    probing = Probing(
-        datasets=tuple(given.datasets),
-        ks=ks,
-        **{SAEBENCH_ONLY[name]: value for name, value in own.items()},
-    )
-    probe_job.run(given.folders, probing, given.seed, given.out, **chosen)
+    chosen = {"model": given.model, "dtype": given.dtype, "context": own.pop("context", None)}
+    try:
+        probing = Probing(
+            datasets=tuple(given.datasets), ks=ks, **{SAEBENCH_ONLY[name]: value for name, value in own.items()}
+        )
+        probe_job.run(given.folders, probing, given.seed, given.out, **chosen)
+    except UserError as error:
+        raise UserError(_by_options(str(error))) from error
+
+
+def _by_options(message: str) -> str:
+    """What is said of keys of the config, of the options that set them here."""
+    for name, key in SAEBENCH_ONLY.items():
+        message = message.replace(f"probing.{key}", f"--{name}")
+    return message.removeprefix("config: ")
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:

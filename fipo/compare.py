@@ -19,7 +19,7 @@ from torch import Tensor
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
 from fipo.finished import Result, read_all
-from fipo.names import CONTROLS, KINDS, MEASURES, bases, renamed, suite_names, with_sparsity
+from fipo.names import CONTROLS, KINDS, MEASURES, bases, renamed, seeds_told, suite_names, with_sparsity
 from fipo.pareto import Point
 from fipo.randomness import generator_for
 from fipo.saebench import metric_name, overall_metrics
@@ -37,10 +37,10 @@ def report(folders: Sequence[Path]) -> str:
     results = read_all(folders)
     named = [result.run for result in results], [result.setting for result in results]
     results, against, ks = renamed(results, with_sparsity(*named)), bases(*named), shown_ks(results)
-    seeds: dict[str, set[int]] = {}
+    seeds: dict[str, set[int | None]] = {}
     for result in results:
         seeds.setdefault(result.run, set()).add(result.seed)
-    names = "; ".join(f"{run}: {', '.join(map(str, sorted(of)))}" for run, of in sorted(seeds.items()))
+    names = "; ".join(f"{run}: {seeds_told(of)}" for run, of in sorted(seeds.items()))
     notes = f"Mean ± standard deviation over seeds ({names}). Made by `fipo compare` from result files of:\n"
     origins = "\n".join(f"- {origin}" for origin in sorted({result.origin for result in results}))
     return (

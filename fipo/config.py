@@ -11,6 +11,8 @@ from typing import Literal
 from fipo.method import LSH, Importance, Levels, Optimiser, Penalty, Reservoir
 from fipo.records import require
 
+LEAST_CONTEXT = 3
+"""Tokens of a row that leave one between a model's two special ones."""
 BUDGETED = ("topk", "batchtopk")
 """Architectures of which k latents are active a token; those of the others are as many as their penalty leaves."""
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -121,7 +123,7 @@ class Workload:
         require(len(self.layers) > 0, "workload.layers", self.layers, "at least one layer")
         require(min(self.layers) >= 0, "workload.layers", self.layers, "layer numbers from 0")
         require(len(set(self.layers)) == len(self.layers), "workload.layers", self.layers, "each layer once")
-        require(self.context > 2, "workload.context", self.context, "more than 2 tokens")
+        require(self.context >= LEAST_CONTEXT, "workload.context", self.context, f"at least {LEAST_CONTEXT} tokens")
         require(self.latents > 0, "workload.latents (F)", self.latents, "a positive number of latents")
         require(self.k > 0, "workload.k", self.k, "a positive number of active latents")
         require(self.k <= self.latents, "workload.k", self.k, f"at most workload.latents = {self.latents}")

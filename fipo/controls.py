@@ -2,7 +2,7 @@
 
     channels   the residual stream's own coordinates
     PCA        its principal components on the training texts
-    random     an SAE at its initialisation, of the same size and (within a tenth) L0
+    random     an SAE at its initialisation, of the same size and (within a tenth, and at least 1) L0
 
 On sparse probing a trained SAE is often only a little better than a random one (arXiv 2602.14111: 0.72 against 0.69),
 so the margin over `random` is the number that matters. Shapes: N texts, B tokens, D model width, F latents.
@@ -73,10 +73,12 @@ def code_l0(sae: SAE, sample_BD: Tensor) -> float:
 
 @torch.no_grad()
 def code_scale(sae: SAE, sample_BD: Tensor) -> float:
-    """Median over tokens of ‖codes‖ / ‖x - b‖: about 1 where the decoder rows have unit norm and codes are in units of
-    the activations; a thousand times less where input scale or decoder norms were not folded into the weights."""
+    """Median of ‖codes‖ / ‖x - b‖ over the tokens that have a code, 0 where none has: about 1 where the decoder rows
+    have unit norm and codes are in units of the activations; a thousand times less where input scale or decoder norms
+    were not folded into the weights."""
     codes_B = torch.cat([sae.encode(part_BD).norm(dim=1) for part_BD in _pieces(sample_BD, sae.latents)])
-    return (codes_B / sae.standardise(sample_BD).norm(dim=1).clamp_min(1e-12)).median().item()
+    scale_N = (codes_B / sae.standardise(sample_BD).norm(dim=1).clamp_min(1e-12))[codes_B != 0]
+    return scale_N.median().item() if len(scale_N) else 0.0
 
 
 def _pieces(sample_BD: Tensor, latents: int) -> Iterator[Tensor]:

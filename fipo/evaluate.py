@@ -5,7 +5,6 @@ Shapes: N texts, B tokens, T tasks (classes) of a dataset, M rows of a task, D m
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from fipo.export import READING, load_sae
 from fipo.files import read_json, sha256_file, sha256_json
 from fipo.pooling import FeatureMap, encode_in, numbers_or_read, pool_or_read
 from fipo.probing import SparseProbes, Tasks, full_accuracies, one_vs_rest, sparse_probes
-from fipo.progress import progress
+from fipo.progress import progress, say
 from fipo.randomness import generator_for, plain_generator
 from fipo.replay import replay
 from fipo.sae import SAE
@@ -227,7 +226,8 @@ def _feature_maps(
         maps["llm", layer] = FeatureMap(layer, lm.width, lambda acts_BD: acts_BD, ("llm",), channels=True)
     for name, (layer, sae, key) in subjects.items():
         found = numbers_or_read(
-            ["measures", layer, key, sampled], functools.partial(_measure, name, sae.to(lm.device), sample, layer)
+            ["measures where active", layer, key, sampled],
+            functools.partial(_measure, name, sae.to(lm.device), sample, layer),
         )
         _warn_of_scale(name, found["scale"])
         codes = screened(sae, found["l0"]) if dtype == torch.float32 else functools.partial(encode_in, sae, dtype=dtype)
@@ -288,9 +288,11 @@ def check_fits(name: str, subject: Subject, lm: LanguageModel, ks: Sequence[int]
 
 
 def _warn_of_scale(name: str, scale: float) -> None:
-    if scale < 0.03:
-        sys.stderr.write(
-            f"warning: the codes of SAE {name} are {1 / max(scale, 1e-12):,.0f} times smaller than its input: probes "
-            "with C = 1 and no scaler cannot use them, and SAEBench would give 0.5; fold input scale and decoder norms "
-            "into the weights (W_enc and b_enc times the row norm of W_dec, W_dec rows to unit norm)\n"
+    if scale == 0:
+        say(f"warning: no latent of SAE {name} is active on a sample of the texts: is it of this model and layer?")
+    elif scale < 0.03:
+        say(
+            f"warning: the codes of SAE {name} are {1 / scale:,.0f} times smaller than its input: probes with C = 1 "
+            "and no scaler cannot use them, and SAEBench would give 0.5; fold input scale and decoder norms into the "
+            "weights (W_enc and b_enc times the row norm of W_dec, W_dec rows to unit norm)"
         )

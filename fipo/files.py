@@ -164,9 +164,9 @@ def read_json(path: Path) -> Any:
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
+        raise UserError(f"{path} does not exist; check its name") from error
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
+        raise UserError(f"{path} is not readable JSON: {error}; restore it, or leave it out") from error
 
 
 def parse_json(text: str) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fipo.errors import UserError
-from fipo.names import Suite, flat, renamed, sparsity_of, suite_of, told_apart
+from fipo.names import Suite, flat, one_of, renamed, sparsity_of, suite_of, told_apart
 from fipo.report import OUTCOMES
 from fipo.results import FINAL, OUTCOMES_SUFFIX, RESULT_SUFFIX, read_probe_result, read_result, read_runtime
 from fipo.yamlfile import read_yaml
@@ -17,7 +17,8 @@ class Result(NamedTuple):
     run: str
     setting: str
     """What sets its sparsity: `k 32`, or `λ 0.01`; empty where the file does not say."""
-    seed: int
+    seed: int | None
+    """None for an SAE from elsewhere, which does not tell."""
     layer: int
     record: dict[str, Any]
     outcomes: Path
@@ -83,7 +84,7 @@ def _of_run(folder: Path) -> list[Result]:
 def _of_probe(file: Path) -> Result:
     record, beside = {**read_probe_result(file), "workload": "-"}, file.name.removesuffix(RESULT_SUFFIX)
     sae, outcomes = record["sae"], file.parent / f"{beside}{OUTCOMES_SUFFIX}"
-    run, seed = sae.get("run") or sae["name"], sae.get("seed") or 0
+    run, seed = sae.get("run") or sae["name"], sae.get("seed")
     config, suite = sae["config"], suite_of(record, {})
     setting = sparsity_of(config)
     return Result(run, setting, seed, sae["layer"], record, outcomes, _origin(record), suite, config, {})
@@ -103,7 +104,7 @@ def _refuse_twins(results: Sequence[Result]) -> None:
         which = (result.run, result.setting, result.suite, result.seed, result.layer)
         if which in given:
             raise UserError(
-                f"{result.run}, seed {result.seed}, layer {result.layer}, is given twice: beside {given[which]} and "
+                f"{one_of(result.run, result.seed, result.layer)}, is given twice: beside {given[which]} and "
                 f"{result.outcomes}; leave one out"
             )
         given[which] = result.outcomes

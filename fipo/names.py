@@ -120,6 +120,16 @@ def bases(runs: Sequence[str], settings: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def seeds_told(seeds: Iterable[int | None]) -> str:
+    """Seeds in their order, once each; `-` for an SAE that does not tell its own."""
+    return ", ".join("-" if seed is None else str(seed) for seed in sorted(set(seeds), key=lambda seed: seed or 0))
+
+
+def one_of(run: str, seed: int | None, layer: int) -> str:
+    """An SAE, in an error."""
+    return ", ".join([run, *([] if seed is None else [f"seed {seed}"]), f"layer {layer}"])
+
+
 def sparsity_of(config: Mapping[str, str]) -> str:
     """What a flat config sets the sparsity by: `k 32`, or `λ 0.01`; empty where it does not say."""
     if "architecture" not in config:

@@ -80,6 +80,11 @@ def last_token_activations(texts: Sequence[str], lm: LanguageModel) -> Tensor:
     return last_NLD
 
 
+def longest_row(lm: LanguageModel) -> int:
+    """Tokens of a text that are read at most, special ones included."""
+    return min(LONGEST, lm.positions or LONGEST)
+
+
 def split(labels: Sequence[int], seed: int = SEED) -> tuple[Tensor, Tensor]:
     """Numbers of the training and of the test texts, either mixed and half of each class."""
     train = min(len(labels) - LEAST_TEST, MOST_TRAIN)
@@ -172,7 +177,7 @@ def _regression() -> Any:
 
 def _rows_from_the_end(texts: Iterable[str], lm: LanguageModel) -> Iterator[list[int]]:
     """One row of token ids a text, special tokens included; a long text loses its beginning."""
-    longest = min(LONGEST, lm.positions or LONGEST)
+    longest = longest_row(lm)
     held = list(texts)
     for start in range(0, len(held), 256):
         with _cut_on_the_left(lm.tokenizer):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from fipo.config import Dtype
+from fipo.config import LEAST_CONTEXT, Dtype
 from fipo.data.lm import LanguageModel
 from fipo.errors import UserError
 from fipo.files import read_json
@@ -136,6 +136,10 @@ def load_model(
         raise UserError(f"dtype {str(dtype)[:80]} is not one of {', '.join(DTYPES)}; give --dtype")
     if context is None:
         context = _agreed("context", [one.get("context_size") for one in metadata], saved)
+    if context < LEAST_CONTEXT:
+        raise UserError(
+            f"the context is {context} tokens; expected {LEAST_CONTEXT} at least, two special: give --context"
+        )
     return LanguageModel(
         model,
         sorted({one.layer for one in saved}),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fipo import controls, report
+from fipo.config import LEAST_CONTEXT
 from fipo.data.lm import LanguageModel
 from fipo.done import read_done, result_key
 from fipo.evaluate import check_fits, load_subject
@@ -23,7 +24,7 @@ from fipo.provenance import hardware, provenance
 from fipo.randomness import generator_for
 from fipo.results import SUITE_METRICS, SUITE_RESULT_SUFFIX
 from fipo.sae import SAE
-from fipo.sae_probes_suite import SuiteDataset, last_token_activations, probe_scores, suite_datasets
+from fipo.sae_probes_suite import SuiteDataset, last_token_activations, longest_row, probe_scores, suite_datasets
 from fipo.saved import Saved, file_names, find_saved, load_model
 from fipo.suite_table import Scores, mean_and_error, mean_score
 
@@ -33,15 +34,22 @@ TO_LOWER = "the number of SAEs given at once, or name fewer --datasets"
 
 
 def run(
-    folders: Sequence[Path], names: Sequence[str], ks: Sequence[int], seed: int, out: Path | None, **chosen: Any
+    folders: Sequence[Path],
+    names: Sequence[str],
+    ks: Sequence[int],
+    seed: int,
+    out: Path | None,
+    model: str | None = None,
+    dtype: str | None = None,
 ) -> None:
-    """Probe, print, and write `out`/NAME_sae_probes_results.json; `names`: some of the datasets, or none for all. What
-    the same command has written before, as far as it came, is printed and left as it is."""
+    """Probe, print, and write `out`/NAME_sae_probes_results.json; `names`: some of the datasets, or none for all; model
+    and dtype where they are to differ from what the SAEs say. What the same command has written before, as far as it
+    came, is printed and left as it is."""
     saved = find_saved(folders)
     files = {name: f"{file}{SUITE_RESULT_SUFFIX}" for name, file in file_names(saved).items()}
     datasets = list(suite_datasets(names))
     with writable(out, "--out"), enough_memory("probing", TO_LOWER):
-        lm = load_model(saved, **chosen)
+        lm = load_model(saved, model=model, dtype=dtype, context=LEAST_CONTEXT)  # rows are of a length of their own
         subjects = {one.name: load_subject(one.folder, one.layer) for one in saved}
         for name, subject in subjects.items():
             check_fits(name, subject, lm, ks)
@@ -124,7 +132,7 @@ def _record(one: Saved, results: Scores, ks: Sequence[int], seed: int, lm: Langu
         "random_seed": seed,
         "model": lm.name,
         "dtype": str(lm.dtype).removeprefix("torch."),
-        "context": lm.context,
+        "context": longest_row(lm),
         "sae": one.described,
         "datasets": len(results),
         "mean": means,

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fipo.errors import UserError
-from fipo.names import CONTROLS, bases, renamed, sparsity_of, told_apart, with_sparsity
+from fipo.names import CONTROLS, bases, one_of, renamed, seeds_told, sparsity_of, told_apart, with_sparsity
 from fipo.results import SUITE_METRICS, SUITE_RESULT_SUFFIX, read_suite_result
 
-MEASURED = ("model", "dtype", "context", "random_seed")
+MEASURED = ("model", "dtype", "random_seed")
 """What a score depends on beside the SAE and the datasets."""
 
 Scores = dict[str, dict[str, dict[str, dict[str, Any]]]]
@@ -26,13 +26,13 @@ class Result(NamedTuple):
     """One SAE, as its result file tells."""
 
     run: str
-    seed: int
+    seed: int | None
     layer: int
     scores: Scores
     ks: list[int]
     origin: str
     measured: tuple[Any, ...]
-    """Model, its format, the context and the seed of the splits; None where an older file does not say."""
+    """Model, its format and the seed of the splits; None where an older file does not say."""
     setting: str
     """Of sparsity (fipo.names), as far as the file says."""
     config: dict[str, str]
@@ -52,8 +52,8 @@ def suite_report(folders: Sequence[Path]) -> str:
     named = [one.run for one in results], [one.setting for one in results]
     results, against = renamed(results, with_sparsity(*named)), bases(*named)
     _refuse_what_differs(results)
-    seeds = {run: sorted({one.seed for one in results if one.run == run}) for run in {one.run: None for one in results}}
-    told = "; ".join(f"{run}: {', '.join(map(str, of))}" for run, of in seeds.items())
+    runs = dict.fromkeys(one.run for one in results)
+    told = "; ".join(f"{run}: {seeds_told(one.seed for one in results if one.run == run)}" for run in runs)
     notes = f"Mean ± standard deviation over seeds ({told}); differences ± standard error over the datasets."
     origins = "\n".join(f"- {origin}" for origin in sorted({one.origin for one in results}))
     made = "Made by `fipo compare` from result files of:\n"
@@ -64,7 +64,7 @@ def _read(file: Path) -> Result:
     record = read_suite_result(file)
     sae, origin = record["sae"], f"git {record['git_revision'][:12]}, {record['hardware']['cpu']}"
     ks = [int(k) for k in record["mean"]["sae"]]
-    run, seed, config = sae.get("run") or sae["name"], sae.get("seed") or 0, sae["config"]
+    run, seed, config = sae.get("run") or sae["name"], sae.get("seed"), sae["config"]
     measured = tuple(record.get(key) for key in MEASURED)
     return Result(run, seed, sae["layer"], record["results"], ks, origin, measured, sparsity_of(config), config)
 
@@ -72,7 +72,7 @@ def _read(file: Path) -> Result:
 def _refuse_what_differs(results: Sequence[Result]) -> None:
     seen = set()
     for one in results:
-        which = f"{one.run}, seed {one.seed}, layer {one.layer}"
+        which = one_of(one.run, one.seed, one.layer)
         if which in seen:
             raise UserError(f"the result of {which} is given twice; leave one out")
         if (one.ks, one.scores.keys()) != (results[0].ks, results[0].scores.keys()):

@@ -43,9 +43,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = _Plain(path.read_text(encoding="utf-8")).get_single_data()
         check_characters(values)
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
+        raise UserError(f"{path} does not exist; check its name") from error
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} is not readable YAML: {error}") from error
+        raise UserError(f"{path} is not readable YAML: {error}; correct it") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -302,7 +302,7 @@ def mistake(case, saved, labelled):
         case "seed":
             return [other], labelled, ["--seed", "-1"], "--seed is -1"
         case "small context":
-            return [other], labelled, ["--context", "0"], "--context is 0"
+            return [other], labelled, ["--context", "2"], "the context is 2 tokens; expected 3 at least"
         case "long context":
             return [other], labelled, ["--context", "4000"], "takes at most"
         case "twice the same text":
@@ -363,6 +363,27 @@ def test_what_an_sae_reads_must_be_said_and_be_the_residual_stream(metadata, tol
     code, shown, errors = probe(capsys, [saved / "run_3", saved / "other"], labelled_folders)
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and not shown and told in lines[0]
+
+
+def test_an_sae_saved_with_a_context_of_one_token_asks_for_another(saved, labelled_folders, capsys):
+    rewrite(saved / "other", {"context_size": 1})
+    code, _, errors = probe(capsys, [saved / "other"], labelled_folders)
+    assert code == 2 and "the context is 1 tokens; expected 3 at least" in errors and "give --context" in errors
+    assert probe(capsys, [saved / "other"], labelled_folders, "--context", "16")[0] == 0
+
+
+@pytest.mark.parametrize(("option", "value"), [("--train", "0"), ("--test", "1"), ("--repeats", "0")])
+def test_what_is_wrong_with_an_option_is_told_by_its_name(option, value, saved, labelled_folders, capsys):
+    code, shown, errors = probe(capsys, [saved / "other"], labelled_folders, option, value)
+    assert code == 2 and not shown and f"error: {option} is {value}" in errors
+
+
+def test_an_sae_that_is_silent_is_told_and_not_called_unscaled(saved, labelled_folders, capsys):
+    file = saved / "other" / "sae_weights.safetensors"
+    tensors = load_tensors(file)
+    save_tensors(file, tensors | {"b_enc": tensors["b_enc"] - 1e3})
+    code, _, errors = probe(capsys, [saved / "other"], labelled_folders)
+    assert code == 0 and "no latent of SAE other is active" in errors and "times smaller" not in errors
 
 
 def rewrite(folder, metadata):
@@ -533,7 +554,7 @@ def test_out_of_memory_says_what_to_lower(broken, more, lower, saved, labelled_f
 
 
 @pytest.mark.usefixtures("small_suite")
-@pytest.mark.parametrize(("option", "value"), [("--train", "50"), ("--repeats", "2"), ("--pooling", "float32")])
+@pytest.mark.parametrize(("option", "value"), [("--train", "50"), ("--pooling", "float32"), ("--context", "16")])
 def test_the_second_suite_takes_no_options_of_the_first(option, value, saved, capsys):
     assert main(["probe", str(saved / "other"), "--suite", "sae-probes", option, value]) == 2
     assert f"{option} means nothing" in capsys.readouterr().err

@@ -87,6 +87,8 @@ def test_code_scale_sees_what_is_not_folded():
     with torch.no_grad():
         sae.enc_FD.mul_(1e-3)
     assert code_scale(sae, acts_BD) == pytest.approx(1e-3)
+    mostly_BD = acts_BD.index_fill(0, torch.arange(1, 100), 0.0)  # silent on these
+    assert code_scale(sae, mostly_BD) == pytest.approx(1e-3) and code_scale(sae, 0 * acts_BD) == 0
 
 
 def test_a_sample_is_encoded_in_pieces(monkeypatch):

@@ -96,7 +96,7 @@ def test_another_key_is_another_store(monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "deleted", "manifest"])
-def test_damaged_store_is_harvested_again(damage):
+def test_damaged_store_is_harvested_again(damage, capsys):
     first = open_or_harvest({"key": 1}, chunks, tokens=None)
     shard = first.folder / first.manifest["shards"][1]["file"]
     content = bytearray(shard.read_bytes())
@@ -117,6 +117,7 @@ def test_damaged_store_is_harvested_again(damage):
 
     again = open_or_harvest({"key": 1}, produce, tokens=None)
     assert calls == [1] and torch.equal(again.read(0, 37), whole())
+    assert capsys.readouterr().err.count("stored activations are harvested again") == 1
     assert open_or_harvest({"key": 1}, never, tokens=None).tokens == 37
 
 

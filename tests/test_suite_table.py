@@ -62,6 +62,13 @@ def test_means_spreads_and_differences(tmp_path):
         assert set(line) != {"|", "-"} or line.count("|") == above.count("|")
 
 
+def test_saes_from_elsewhere_have_no_seed(tmp_path):
+    folder = write(tmp_path / "x", BASE[0] | {"sae": {"name": "mine", "layer": 3}})
+    assert "(mine: -)" in suite_report([folder])
+    with pytest.raises(UserError, match="result of mine, layer 3 is given twice"):
+        suite_report([folder, folder])
+
+
 def test_one_seed_and_one_name_have_no_spread_and_no_difference(tmp_path):
     text = suite_report([write(tmp_path / "x", BASE[0])])
     assert rows(text, "| run_8 |")[0][2] == "0.700" and "difference |" not in text
@@ -104,11 +111,9 @@ def test_a_sweep_is_set_against_the_first_run_at_the_same_sparsity(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("model", "gpt"), ("dtype", "bfloat16"), ("context", 64), ("random_seed", 7)]
-)
+@pytest.mark.parametrize(("key", "value"), [("model", "gpt"), ("dtype", "bfloat16"), ("random_seed", 7)])
 def test_other_settings_are_compared_apart(tmp_path, key, value):
-    usual = {"model": "bert", "dtype": "float32", "context": 128, "random_seed": 42}
+    usual = {"model": "bert", "dtype": "float32", "random_seed": 42}
     folder = write(tmp_path / "x", *[one | usual for one in BASE], OTHER[0] | {"model": "bert"})
     assert "| run_6 - run_8 |" in suite_report([folder]), "an older file does not say all"
     write(folder, BASE[0] | usual, BASE[1] | usual | {key: value})

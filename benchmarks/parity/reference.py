@@ -182,12 +182,14 @@ def run(folder: Path) -> None:
     result["probe_sets"] = probe_sets(job["probe_sets"])
     for name, labels in job["datasets"].items():
         given = load_file(folder / f"{name}.safetensors")
-        splits = [{label: given[f"{split}/{label}"] for label in labels} for split in ("train", "test")]
-        codes = [activation_collection.get_sae_meaned_activations(split, sae, 125) for split in splits]
-        channels = [activation_collection.create_meaned_model_activations(split) for split in splits]
-        for who, (train, test) in (("llm", channels), ("sae", codes)):
-            result[f"chosen/{name}/{who}"] = chosen(train, test, job["ks"], job["seed"])
-            tensors[f"{name}/{who}"] = torch.cat([*train.values(), *test.values()])
+        for ending, dtype in (("", torch.float32), (" bfloat16", torch.bfloat16)):
+            splits = [{label: given[f"{split}/{label}"].to(dtype) for label in labels} for split in ("train", "test")]
+            cast = copy.deepcopy(sae).to(dtype=dtype)
+            codes = [activation_collection.get_sae_meaned_activations(split, cast, 125) for split in splits]
+            channels = [activation_collection.create_meaned_model_activations(split) for split in splits]
+            for who, (train, test) in (("llm", channels), ("sae", codes)):
+                result[f"chosen/{name}/{who}{ending}"] = chosen(train, test, job["ks"], job["seed"])
+                tensors[f"{name}/{who}{ending}"] = torch.cat([*train.values(), *test.values()])
     result["whole"] = {mode: whole_datasets(folder, sae, job, mode) for mode in job["modes"]}
     result["schema"] = schema(folder)
     if "suite" in job:

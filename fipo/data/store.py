@@ -106,13 +106,13 @@ def open_or_harvest(
     before anything is harvested.
     """
     folder = cache_root() / sha256_json({"format": FORMAT, **key})[:32]
-    if (store := _find(folder, key)) is not None:
+    if (store := _find(folder, key, lambda _: None)) is not None:  # what is damaged is told below, once
         if lock_of(folder).exists():  # a killed process left it, or another is about to remove it
             with contextlib.suppress(UserError), locked(lock_of(folder)):
                 pass
         return store
     with locked(lock_of(folder), wait=True):
-        if (store := _find(folder, key)) is None:  # else another process has made it meanwhile
+        if (store := _find(folder, key, say)) is None:  # else another process has made it meanwhile
             _clear_stale(folder)
             _check_room(folder.parent, needed)
             with replacing_folder(folder) as temporary:
@@ -135,14 +135,14 @@ def too_short(total: int, tokens: int) -> UserError:
     return UserError(f"the text ends after {total} content tokens; {tokens} were asked for: give more or ask less")
 
 
-def _find(folder: Path, key: dict[str, Any]) -> ActivationStore | None:
-    """The store in `folder`; None where there is none, or one that is damaged or of another key."""
+def _find(folder: Path, key: dict[str, Any], tell: Callable[[str], None]) -> ActivationStore | None:
+    """The store in `folder`; None where there is none, or one of another key, or one that is damaged, which is told."""
     if not (folder / MANIFEST).is_file():
         return None
     try:
         store = ActivationStore(folder)
     except UserError as error:
-        say(f"warning: stored activations are harvested again: {error}")
+        tell(f"warning: stored activations are harvested again: {error}")
         return None
     if store.manifest["key"] != key:
         return None

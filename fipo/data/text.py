@@ -5,6 +5,7 @@ the activations made from them are cached under it. A stream that breaks off is 
 is imported here alone. No dataset script is ever run.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -58,10 +59,17 @@ def open_text(text: Text) -> TextSource:
     )
 
 
-def load_local(path: Path, split: str, config: str | None = None) -> Any:
-    """A local folder in the hub's layout, or one file, as a stream of records."""
+def _library() -> Any:
+    """`datasets`; what it would say of damage beside its exceptions, we say."""
     import datasets
 
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    return datasets
+
+
+def load_local(path: Path, split: str, config: str | None = None) -> Any:
+    """A local folder in the hub's layout, or one file, as a stream of records."""
+    datasets = _library()
     builders = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".csv": "csv"}
     kind = Path(path.stem).suffix if path.suffix in (".zst", ".gz", ".xz", ".bz2") else path.suffix
     try:
@@ -80,10 +88,8 @@ def load_hub(
     name: str, split: str, revision: str | None, config: str | None = None, data_files: str | None = None
 ) -> Any:
     """A dataset of the hub, or `data_files` of it, as a stream of records."""
-    import datasets
-
     try:
-        return datasets.load_dataset(
+        return _library().load_dataset(
             name, config, split=split, revision=revision, data_files=data_files, streaming=True
         )
     except Exception as error:
@@ -141,7 +147,8 @@ def _records(load: Callable[[], Any], text: Text, pauses: tuple[float, ...]) -> 
             if isinstance(error, UserError) and not read:
                 raise
             raise UserError(
-                f"text source {text.source} broke off after record {read} ({type(error).__name__}): {error}"
+                f"text source {text.source} broke off after record {read} ({type(error).__name__}: {error}); repair or "
+                "replace the file, or check the network"
             ) from error
     if not same:
         raise UserError(
