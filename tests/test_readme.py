@@ -1,6 +1,8 @@
 """README.md: what it names is there, and what it shows runs."""
 
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,16 @@ def test_commands_files_and_runs_are_there():
         assert (ROOT / path.replace("run_i", "run_0")).exists(), path
     runs = re.findall(r"^\| `(run_\d)` \|", TEXT, re.MULTILINE)
     assert runs == sorted(path.stem for path in (ROOT / "experiments").glob("run_*.yaml"))
+
+
+@pytest.mark.parametrize("method", ["FIPO", "Matryoshka", "OrtSAE", "BatchTopK"])
+def test_the_first_table_is_that_of_the_result_file(method):
+    rows = json.loads((ROOT / "docs" / "results" / "ground_truth.json").read_text())["rows"]
+    mine = [row for row in rows if row["method"] == method.lower() and row["k"] == 16]
+    assert sorted(row["seed"] for row in mine) == [1, 2, 3]
+    shown = re.search(rf"^\| {method}(?: \(`run_6`\))? \| (.*) \|$", TEXT, re.MULTILINE)[1].split(" | ")
+    for cell, name in zip(shown, ("f1", "mcc", "explained_variance", "absorption"), strict=True):
+        assert cell == f"{statistics.mean(row[name] for row in mine):.3f}".removeprefix("0"), name
 
 
 def test_training_on_activations_of_ones_own(tmp_path, monkeypatch):

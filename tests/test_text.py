@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import lzma
 
 import pyarrow
@@ -128,8 +129,9 @@ def test_folder_without_data(tmp_path):
 def test_damaged_file(tmp_path, kind):
     path = write(tmp_path, kind)
     path.write_bytes(b"\x00\xff{{{ no such thing")
-    with pytest.raises(UserError, match=f"data.{kind}"):
+    with pytest.raises(UserError, match=f"data.{kind}.*repair or replace"):
         list(open_text(text(path)).texts())
+    assert logging.getLogger("datasets").level > logging.ERROR, "it would tell it as well"
 
 
 def test_fingerprint_names_the_content(tmp_path):

@@ -81,7 +81,7 @@ def load_local(path: Path, split: str, config: str | None = None) -> Any:
     except UserError:
         raise
     except Exception as error:  # datasets raises many kinds for what is one thing to the user
-        raise UserError(f"text source {path}, split {split}, does not load: {error}") from error
+        raise UserError(f"text source {path}, split {split}, does not load: {error}; repair or replace it") from error
 
 
 def load_hub(
