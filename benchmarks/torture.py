@@ -47,6 +47,7 @@ import experiment  # noqa: E402
 from benchmarks.common import command, publish, ready  # noqa: E402
 from benchmarks.journal import WATCHED  # noqa: E402
 from fipo import checkpoint, job, loop  # noqa: E402
+from fipo.data import shards  # noqa: E402
 from fipo.errors import UserError  # noqa: E402
 
 PHASES = ("set-up", "harvest", "training", "checkpointing", "probing", "reporting")
@@ -161,6 +162,7 @@ def watch(board: Board, folder: str, die_at: int, fault: Fault | None) -> None:
             fault(opened, name)
         flush(opened)
 
+    shards.SHARD_TOKENS = 50  # several a harvest, so that one that is killed has some to go on with
     loop.train_step, os.fsync = train_step, fsync
     checkpoint.save_checkpoint = during("checkpointing", save)
     job.training_activations = during("harvest", job.training_activations)

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fipo.data.store import MANIFEST, cache_root, checked_manifest, lock_of
+from fipo.data.shards import MANIFEST, checked_manifest
+from fipo.data.store import UNFINISHED, cache_root, lock_of
 from fipo.errors import UserError
-from fipo.files import TEMPORARY, remove
+from fipo.files import remove
 from fipo.lock import locked
 from fipo.pooling import POOLED
 from fipo.report import make_console
@@ -54,7 +55,7 @@ def entries(root: Path) -> list[Entry]:
             content = _content(folder)
             told = content or f"{UNREADABLE}: of another version, or damaged"
             found.append(Entry(folder, _size(folder), _changed(folder / MANIFEST), told, bool(content)))
-        elif TEMPORARY.fullmatch(folder.name) and STORE.match(folder.name[1:]):
+        elif folder.name.endswith(UNFINISHED) and STORE.fullmatch(folder.name.removesuffix(UNFINISHED)[1:]):
             found.append(Entry(folder, _size(folder), _changed(folder), f"{UNREADABLE}: not finished", False))
         elif folder.name == POOLED:
             files = _inside(folder)

@@ -37,7 +37,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         flush(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -52,16 +52,21 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
-        for file in temporary.iterdir():
-            flush(file)
-        flush(temporary)
-        remove(path)
-        os.replace(temporary, path)
-        flush(path.parent)
+        put_in_place(temporary, path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Have a folder and its files on the disk, then under this name, in the place of what was there."""
+    for file in folder.iterdir():
+        flush(file)
+    flush(folder)
+    remove(path)
+    os.replace(folder, path)
+    flush(path.parent)
 
 
 def flush(path: Path) -> None:
@@ -114,7 +119,8 @@ def touch(path: Path) -> None:
         os.utime(path)
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What is said of a disk that is full, or a folder of somebody else's."""
     return UserError(
         f"cannot write {path}: {error.strerror or error}; free space or choose another folder, "
         "then give the same command again"

@@ -5,7 +5,7 @@ import pytest
 import torch
 from toys import seeded
 
-from fipo.data import store
+from fipo.data import shards
 from fipo.data.buffer import LiveSource, ShuffleBuffer, StoredSource
 from fipo.data.harvest import Chunk
 from fipo.data.store import open_or_harvest
@@ -28,7 +28,7 @@ def produce(skip=0):
 
 @pytest.fixture(params=["stored", "live"])
 def make_source(request, monkeypatch):
-    monkeypatch.setattr(store, "SHARD_TOKENS", 30)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 30)
 
     def stored():
         return StoredSource(open_or_harvest({"rows": ROWS}, produce, tokens=ROWS))

@@ -12,7 +12,8 @@ from fipo import cache, cli
 from fipo.cache import entries
 from fipo.checkpoint import save_tensors
 from fipo.data.harvest import Chunk
-from fipo.data.store import MANIFEST, lock_of, open_or_harvest
+from fipo.data.shards import MANIFEST
+from fipo.data.store import lock_of, open_or_harvest
 from fipo.files import read_json, write_json
 from fipo.lock import locked
 from fipo.pooling import keep, numbers_or_read, read_kept
@@ -22,7 +23,7 @@ KEY = {"model": "a" * 64, "layers": [1, 3], "context": 128, "dtype": "torch.floa
 
 def make(**key):
     numbers_N = torch.arange(25)
-    return open_or_harvest(KEY | key, lambda: [Chunk(torch.ones(25, 2, 3), numbers_N, numbers_N)], tokens=None).folder
+    return open_or_harvest(KEY | key, lambda _: [Chunk(torch.ones(25, 2, 3), numbers_N, numbers_N)], tokens=None).folder
 
 
 @pytest.fixture
@@ -154,7 +155,7 @@ def test_a_name_of_the_cache_that_looks_like_markup(monkeypatch, tmp_path, capsy
 
 
 def test_what_a_killed_harvest_left_is_listed_and_can_go(own_cache, capsys):
-    left = own_cache / f".{'a' * 32}.999999.tmp"
+    left = own_cache / f".{'a' * 32}.unfinished"
     left.mkdir()
     (left / "shard_00000.safetensors").write_bytes(bytes(3_000_000))
     assert "3.0 MB" in (out := listed(capsys)) and "unreadable: not finished" in out and "aaaaaaaaaaaa" in out

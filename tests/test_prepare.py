@@ -10,11 +10,14 @@ import torch
 from toys import seeded
 
 from fipo.config import Probing, Text
+from fipo.data import harvest as harvest_module
+from fipo.data import shards
 from fipo.data.harvest import harvest
-from fipo.data.labelled import load_labelled
+from fipo.data.labelled import LabelledText, load_labelled
 from fipo.data.lm import LanguageModel
 from fipo.data.prepare import probe_store, statistics, training_activations
 from fipo.errors import UserError
+from fipo.files import remove
 
 HELD, TOKENS = 100, 300
 
@@ -83,6 +86,41 @@ def test_held_out_text_is_as_long_as_the_text_trained_on(load_lm, tmp_path):
     lengths = [store.texts().unique_consecutive(return_counts=True)[1] for store in (held_out, source.store)]
     assert lengths[0].max() == lengths[1].max() and lengths[0].min() == lengths[1].min() < lengths[1].max() / 2
     assert lengths[0].double().mean() == pytest.approx(lengths[1].double().mean().item(), rel=0.05)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_harvest_that_is_stopped_anywhere_is_the_same(load_lm, text_folder, monkeypatch, packed):
+    """Text held out, text trained on and labelled text, stopped every few passes of the model; bit by bit."""
+    lm = load_lm("gpt_neox")
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 12)
+    monkeypatch.setattr(harvest_module, "BATCH_TOKENS", 48)
+    labelled = LabelledText("x", {"a": list(tiny.sentences(40, seed=2))}, {"a": list(tiny.sentences(5, seed=3))})
+    passes, original = [], LanguageModel.activations
+
+    def stops(self, ids_BS, mask_BS):
+        passes.append(1)
+        if len(passes) % 3 == 0:
+            raise KeyboardInterrupt
+        return original(self, ids_BS, mask_BS)
+
+    def all_stores():
+        held_out, source = training_activations(text(text_folder, packed=packed), lm)
+        return held_out, source.store, probe_store(labelled, lm)
+
+    expected = all_stores()
+    everything = [[torch.cat(parts) for parts in zip(*store.chunks(50), strict=True)] for store in expected]
+    for store in expected:
+        remove(store.folder)
+    monkeypatch.setattr(LanguageModel, "activations", stops)
+    stopped, found = 0, None
+    while found is None and stopped < 50:
+        with contextlib.suppress(KeyboardInterrupt):
+            found = all_stores()
+        stopped += found is None
+    assert 3 < stopped < 50 and [store.tokens for store in found] == [len(parts[0]) for parts in everything]
+    for store, parts in zip(found, everything, strict=True):
+        again = [torch.cat(parts) for parts in zip(*store.chunks(50), strict=True)]
+        assert all(map(torch.equal, again, parts))
 
 
 def test_cached_activations_are_found_again(load_lm, text_folder, silent):

@@ -5,14 +5,13 @@ import time
 
 import pytest
 import torch
-from toys import seeded
+from toys import after, seeded
 
-from fipo.data import store
+from fipo.data import shards, store
 from fipo.data.harvest import Chunk
 from fipo.data.store import cache_root, open_or_harvest
 from fipo.errors import UserError
 from fipo.files import read_json, sha256_file, write_json
-from fipo.lock import locked
 
 LAYERS, WIDTH = 2, 3
 NUMBERS_N = torch.zeros(10, dtype=torch.int64)
@@ -20,7 +19,7 @@ NUMBERS_N = torch.zeros(10, dtype=torch.int64)
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(store, "SHARD_TOKENS", 10)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 10)
 
 
 def chunks(sizes=(7, 16, 1, 13), dtype=torch.float32):
@@ -35,7 +34,12 @@ def whole(sizes=(7, 16, 1, 13), dtype=torch.float32):
     return torch.cat([chunk.acts_NLD for chunk in chunks(sizes, dtype)])
 
 
-def never():
+def given(sizes=(7, 16, 1, 13), dtype=torch.float32):
+    """What harvests these chunks, from any token on."""
+    return lambda skip: after(chunks(sizes, dtype), skip)
+
+
+def never(_skip=0):
     raise AssertionError("harvested again")
 
 
@@ -45,7 +49,7 @@ def contents(folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_over_several_shards(dtype):
-    made = open_or_harvest({"key": 1}, lambda: chunks(dtype=dtype), tokens=None)
+    made = open_or_harvest({"key": 1}, given(dtype=dtype), tokens=None)
     expected = whole(dtype=dtype)
     assert made.tokens == 37 and len(made.manifest["shards"]) == 4
     assert torch.equal(made.read(0, 37), expected) and made.read(0, 37).dtype == dtype
@@ -59,7 +63,7 @@ def test_round_trip_over_several_shards(dtype):
 
 
 def test_gather_in_any_order():
-    made = open_or_harvest({"key": 1}, chunks, tokens=None)
+    made = open_or_harvest({"key": 1}, given(), tokens=None)
     for places in ([36, 0, 19, 20, 5, 5, 10], [3], [], list(range(36, -1, -1))):
         places_N = torch.tensor(places, dtype=torch.int64)
         assert torch.equal(made.gather(places_N), whole()[places_N])
@@ -67,13 +71,13 @@ def test_gather_in_any_order():
 
 @pytest.mark.parametrize("tokens", [1, 9, 10, 11, 20, 36, 37])
 def test_keeps_as_many_as_asked(tokens):
-    made = open_or_harvest({"key": 1}, chunks, tokens)
+    made = open_or_harvest({"key": 1}, given(), tokens)
     assert made.tokens == tokens == len(made.texts())
     assert torch.equal(made.read(0, tokens), whole()[:tokens])
 
 
 def test_reads_no_further_than_needed():
-    def endless():
+    def endless(_skip):
         yield from chunks()
         never()
 
@@ -81,23 +85,23 @@ def test_reads_no_further_than_needed():
 
 
 def test_found_again_without_harvest():
-    first = open_or_harvest({"key": 1, "layers": [0, 1]}, chunks, tokens=20)
+    first = open_or_harvest({"key": 1, "layers": [0, 1]}, given(), tokens=20)
     again = open_or_harvest({"layers": [0, 1], "key": 1}, never, tokens=20)
     assert (first.made, again.made) == (True, False)
     assert again.folder == first.folder and torch.equal(again.read(0, 20), whole()[:20])
 
 
 def test_another_key_is_another_store(monkeypatch):
-    first = open_or_harvest({"key": 1}, chunks, tokens=20)
-    other = open_or_harvest({"key": 2}, lambda: chunks((30,)), tokens=20)
+    first = open_or_harvest({"key": 1}, given(), tokens=20)
+    other = open_or_harvest({"key": 2}, given((30,)), tokens=20)
     assert other.folder != first.folder and not torch.equal(other.read(0, 20), first.read(0, 20))
-    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
-    assert open_or_harvest({"key": 1}, chunks, tokens=20).folder not in (first.folder, other.folder)
+    monkeypatch.setattr(shards, "FORMAT", shards.FORMAT + 1)
+    assert open_or_harvest({"key": 1}, given(), tokens=20).folder not in (first.folder, other.folder)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "deleted", "manifest"])
 def test_damaged_store_is_harvested_again(damage, capsys):
-    first = open_or_harvest({"key": 1}, chunks, tokens=None)
+    first = open_or_harvest({"key": 1}, given(), tokens=None)
     shard = first.folder / first.manifest["shards"][1]["file"]
     content = bytearray(shard.read_bytes())
     if damage == "flipped":
@@ -111,9 +115,9 @@ def test_damaged_store_is_harvested_again(damage, capsys):
         (first.folder / "manifest.json").write_text("{")
     calls = []
 
-    def produce():
+    def produce(skip):
         calls.append(1)
-        return chunks()
+        return given()(skip)
 
     again = open_or_harvest({"key": 1}, produce, tokens=None)
     assert calls == [1] and torch.equal(again.read(0, 37), whole())
@@ -146,10 +150,10 @@ LIES = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_manifest_that_lies_is_not_followed(own_cache, lie):
-    first = open_or_harvest({"key": 1}, chunks, tokens=None)
+    first = open_or_harvest({"key": 1}, given(), tokens=None)
     (own_cache / "precious").write_text("content")
     write_json(first.folder / "manifest.json", LIES[lie](first.manifest))
-    again = open_or_harvest({"key": 1}, chunks, tokens=None)
+    again = open_or_harvest({"key": 1}, given(), tokens=None)
     assert again.manifest == first.manifest and torch.equal(again.read(0, 37), whole())
     assert (own_cache / "precious").read_text() == "content"
 
@@ -157,7 +161,7 @@ def test_a_manifest_that_lies_is_not_followed(own_cache, lie):
 def change_shard(folder, **tensors):
     """Other tensors in the first shard, and its right checksum in the manifest."""
     file, manifest = folder / "shard_00000.safetensors", read_json(folder / "manifest.json")
-    store.write_tensors(file, tensors)
+    shards.write_tensors(file, tensors)
     write_json(folder / "manifest.json", shard_changes(manifest, sha256=sha256_file(file)))
 
 
@@ -175,15 +179,15 @@ def change_shard(folder, **tensors):
     ],
 )
 def test_a_shard_with_the_wrong_tensors_is_harvested_again(tensors):
-    first = open_or_harvest({"key": 1}, chunks, tokens=None)
+    first = open_or_harvest({"key": 1}, given(), tokens=None)
     change_shard(first.folder, **tensors)
     with pytest.raises(UserError, match="is damaged"):
         store.ActivationStore(first.folder)
-    assert torch.equal(open_or_harvest({"key": 1}, chunks, tokens=None).read(0, 37), whole())
+    assert torch.equal(open_or_harvest({"key": 1}, given(), tokens=None).read(0, 37), whole())
 
 
 def test_a_link_in_place_of_a_shard_is_not_followed(tmp_path):
-    first = open_or_harvest({"key": 1}, chunks, tokens=None)
+    first = open_or_harvest({"key": 1}, given(), tokens=None)
     shard = first.folder / "shard_00000.safetensors"
     shard.rename(tmp_path / "elsewhere")
     shard.symlink_to(tmp_path / "elsewhere")
@@ -192,7 +196,7 @@ def test_a_link_in_place_of_a_shard_is_not_followed(tmp_path):
 
 
 def test_a_shard_that_breaks_while_it_is_in_use():
-    made = open_or_harvest({"key": 1}, chunks, tokens=None)
+    made = open_or_harvest({"key": 1}, given(), tokens=None)
     (made.folder / "shard_00000.safetensors").write_bytes(b"x")
     for call in (lambda: made.read(0, 3), lambda: made.gather(torch.tensor([3])), made.texts):
         with pytest.raises(UserError, match="shard_00000.safetensors is damaged"):
@@ -201,7 +205,7 @@ def test_a_shard_that_breaks_while_it_is_in_use():
 
 def test_the_second_of_two_processes_waits_and_finds_it(own_cache):
     """Harvested by another process between our look at the cache and our lock."""
-    made = open_or_harvest({"key": 1}, chunks, tokens=None)
+    made = open_or_harvest({"key": 1}, given(), tokens=None)
     hidden = made.folder.rename(own_cache / "hidden")
     original = store.locked
 
@@ -214,40 +218,93 @@ def test_the_second_of_two_processes_waits_and_finds_it(own_cache):
         assert open_or_harvest({"key": 1}, never, tokens=None).folder == made.folder
 
 
-def test_what_killed_processes_left_is_cleared_and_nothing_else(own_cache):
-    made = open_or_harvest({"key": 1}, chunks, tokens=None)
-    names = ("0123.77.tmp", f"{made.folder.name}.78.tmp", "4567.79.tmp", "note.tmp")
-    for name in names:
-        (own_cache / f".{name}").mkdir()
-        (own_cache / f".{name}" / "shard_00000.safetensors").write_text("half")
-    with locked(own_cache / ".4567.lock"):  # somebody is at work on this one
-        (made.folder / "manifest.json").unlink()
-        open_or_harvest({"key": 1}, chunks, tokens=None)
-    assert sorted(path.name for path in own_cache.iterdir()) == [".4567.79.tmp", ".note.tmp", made.folder.name]
-
-
 def test_the_lock_of_one_killed_after_its_harvest_is_cleared(own_cache):
-    made = open_or_harvest({"key": 1}, chunks, tokens=None)
+    made = open_or_harvest({"key": 1}, given(), tokens=None)
     (own_cache / f".{made.folder.name}.lock").touch()
     open_or_harvest({"key": 1}, never, tokens=None)
     assert [path.name for path in own_cache.iterdir()] == [made.folder.name]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_interrupted_harvest_leaves_nothing(own_cache, error):
-    def breaks():
-        yield from chunks()
+def stopped(error, after_tokens):
+    """A harvest that ends in an error, whatever it was asked to skip."""
+
+    def produce(skip):
+        for chunk in given()(skip):
+            if skip >= after_tokens:
+                raise error
+            skip += len(chunk.text_N)
+            yield chunk
         raise error
 
-    with pytest.raises(error):
-        open_or_harvest({"key": 1}, breaks, tokens=None)
+    return produce
+
+
+def test_a_harvest_that_fails_leaves_nothing(own_cache):
+    with pytest.raises(RuntimeError):
+        open_or_harvest({"key": 1}, stopped(RuntimeError, 37), tokens=None)
     assert contents(own_cache) == []
-    assert open_or_harvest({"key": 1}, chunks, tokens=None).tokens == 37
+    assert open_or_harvest({"key": 1}, given(), tokens=None).tokens == 37
+
+
+@pytest.mark.parametrize(("after_tokens", "kept"), [(1, 0), (20, 20), (24, 20), (37, 30)])
+def test_a_harvest_that_is_stopped_goes_on_after_its_last_whole_shard(own_cache, capsys, after_tokens, kept):
+    with pytest.raises(KeyboardInterrupt):
+        open_or_harvest({"key": 1}, stopped(KeyboardInterrupt, after_tokens), tokens=None)
+    (left,) = [*own_cache.iterdir(), None][:1]
+    assert (left is None) == (kept == 0) and (left is None or left.name.endswith(".unfinished"))
+    if left is not None:
+        (left / ".manifest.json.77.tmp").write_text("half")
+    skipped = []
+
+    def rest(skip):
+        skipped.append(skip)
+        return given()(skip)
+
+    made = open_or_harvest({"key": 1}, rest, tokens=None)
+    assert skipped == [kept] and made.tokens == 37 and torch.equal(made.read(0, 37), whole())
+    assert torch.equal(made.token_ids(), torch.arange(100, 137))
+    assert [path.name for path in own_cache.iterdir()] == [made.folder.name]
+    assert len(list(made.folder.iterdir())) == 5
+    assert (f"goes on after {kept} tokens" in capsys.readouterr().err) == (kept > 0)
+
+
+@pytest.mark.parametrize("damage", ["shard", "manifest", "key"])
+def test_of_a_stopped_harvest_what_is_damaged_is_made_again(own_cache, damage):
+    with pytest.raises(KeyboardInterrupt):
+        open_or_harvest({"key": 1}, stopped(KeyboardInterrupt, 37), tokens=None)
+    (left,) = own_cache.iterdir()
+    if damage == "shard":
+        content = bytearray((left / "shard_00001.safetensors").read_bytes())
+        content[-1] ^= 1
+        (left / "shard_00001.safetensors").write_bytes(content)
+    elif damage == "manifest":
+        (left / "manifest.json").write_text("{")
+    else:
+        write_json(left / "manifest.json", read_json(left / "manifest.json") | {"key": {"key": 2}})
+    skipped = []
+    made = open_or_harvest({"key": 1}, lambda skip: skipped.append(skip) or given()(skip), tokens=None)
+    assert skipped == [10 if damage == "shard" else 0] and torch.equal(made.read(0, 37), whole())
+    assert {path.name for path in made.folder.iterdir()} == {
+        "manifest.json",
+        *(f"shard_0000{number}.safetensors" for number in range(4)),
+    }
+
+
+@pytest.mark.parametrize("tokens", [30, 33])
+def test_a_whole_harvest_that_was_killed_before_it_had_its_name(monkeypatch, tokens):
+    def killed(*_given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "put_in_place", killed)
+        open_or_harvest({"key": 1}, given(), tokens)
+    made = open_or_harvest({"key": 1}, given(), tokens)
+    assert made.tokens == tokens and torch.equal(made.read(0, tokens), whole()[:tokens])
 
 
 def test_a_disk_slower_than_the_harvest(monkeypatch):
     """The next shard is filled meanwhile, and none before it is written."""
-    write, together, most = store.write_tensors, [], []
+    write, together, most = shards.write_tensors, [], []
 
     def slowly(file, tensors):
         together.append(file)
@@ -256,25 +313,25 @@ def test_a_disk_slower_than_the_harvest(monkeypatch):
         write(file, tensors)
         together.remove(file)
 
-    monkeypatch.setattr(store, "write_tensors", slowly)
-    made = open_or_harvest({"key": 1}, lambda: chunks((64, 5)), tokens=None)
+    monkeypatch.setattr(shards, "write_tensors", slowly)
+    made = open_or_harvest({"key": 1}, given((64, 5)), tokens=None)
     assert torch.equal(made.read(0, 69), whole((64, 5))) and most == [1] * 7
 
 
 def test_a_disk_that_is_full_while_the_harvest_goes_on(monkeypatch, own_cache):
-    harvested, write = [], store.write_tensors
+    harvested, write = [], shards.write_tensors
 
     def full(file, tensors):
         if file.name == "shard_00001.safetensors":
             raise OSError(errno.ENOSPC, "No space left on device")
         write(file, tensors)
 
-    def counted():
+    def counted(_skip):
         for chunk in chunks((10,) * 9):
             harvested.append(chunk)
             yield chunk
 
-    monkeypatch.setattr(store, "write_tensors", full)
+    monkeypatch.setattr(shards, "write_tensors", full)
     with pytest.raises(UserError, match="No space left on device"):
         open_or_harvest({"key": 1}, counted, tokens=None)
     assert len(harvested) == 3 and not [path for path in contents(own_cache) if path.suffix != ".lock"]
@@ -283,18 +340,18 @@ def test_a_disk_that_is_full_while_the_harvest_goes_on(monkeypatch, own_cache):
 def test_nothing_to_keep(own_cache):
     for empty in ((), (0, 0)):
         with pytest.raises(UserError, match="no content token: it is empty, or holds special tokens only"):
-            open_or_harvest({"key": 1}, lambda empty=empty: chunks(empty), tokens=5)
+            open_or_harvest({"key": 1}, given(empty), tokens=5)
     assert contents(own_cache) == []
 
 
 def test_text_too_short(own_cache):
     with pytest.raises(UserError, match="ends after 37 content tokens; 38 were asked for"):
-        open_or_harvest({"key": 1}, chunks, tokens=38)
+        open_or_harvest({"key": 1}, given(), tokens=38)
     assert contents(own_cache) == []
 
 
 def test_cache_is_where_the_environment_says(own_cache, monkeypatch, tmp_path):
-    assert open_or_harvest({"key": 1}, chunks, tokens=None).folder.parent == own_cache == cache_root()
+    assert open_or_harvest({"key": 1}, given(), tokens=None).folder.parent == own_cache == cache_root()
     monkeypatch.delenv("FIPO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_root() == tmp_path / "fipo"
@@ -307,7 +364,7 @@ def test_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FIPO_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match="cannot write .*file/cache"):
-        open_or_harvest({"key": 1}, chunks, tokens=None)
+        open_or_harvest({"key": 1}, given(), tokens=None)
 
 
 def test_the_cache_without_a_home(monkeypatch, tmp_path):

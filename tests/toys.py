@@ -1,5 +1,6 @@
 """Toy configs and planted activations, shared by the tests: seconds on one core, and no chance without a generator."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fipo.config import LSH, Importance, Levels, Optimiser, Penalty, Probing, Reservoir, RunConfig, Text, Workload
+from fipo.data.harvest import Chunk
 from fipo.state import TrainState, build_state
 
 WIDTH, LATENTS, BATCH = 8, 16, 16
@@ -63,6 +65,15 @@ def run_config(name: str, steps: int = 12, **changes: Any) -> RunConfig:
 def fresh(config: RunConfig, width: int = WIDTH) -> TrainState:
     """A new training state for standardised activations."""
     return build_state(config, 0, torch.zeros(width), 1.0)
+
+
+def after(chunks: Iterable[Chunk], skip: int) -> Iterator[Chunk]:
+    """The chunks without their first tokens, as a harvest that goes on gives them."""
+    for chunk in chunks:
+        left = min(skip, len(chunk.text_N))
+        skip -= left
+        if left < len(chunk.text_N):
+            yield Chunk(*(part[left:] for part in chunk))
 
 
 def activations(batches: int, seed: int = 1, batch: int = BATCH, width: int = WIDTH) -> list[Tensor]:

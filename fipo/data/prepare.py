@@ -37,8 +37,8 @@ def training_activations(text: Text, lm: LanguageModel) -> tuple[ActivationStore
     def rows() -> Iterator[list[int]]:
         return (lm.packed_rows if text.packed else lm.token_rows)(source.texts())
 
-    def held_out() -> Iterator[Chunk]:
-        return _with_progress("held-out", harvest(lm, first_rows(rows(), lm, held)), held)
+    def held_out(skip: int) -> Iterator[Chunk]:
+        return _with_progress("held-out", harvest(lm, first_rows(rows(), lm, held), skip=skip), held - skip)
 
     def trained(skip: int) -> Iterator[Chunk]:
         after = rows()
@@ -52,8 +52,11 @@ def training_activations(text: Text, lm: LanguageModel) -> tuple[ActivationStore
     if not text.cached:
         return store, LiveSource(trained, store.folder.name)
     key |= {"rows": "next", "held_out": held, "tokens": tokens}
-    harvested = open_or_harvest(key, lambda: _with_progress("harvest", trained(0), tokens), tokens, tokens * size)
-    return store, StoredSource(harvested)
+
+    def shown(skip: int) -> Iterator[Chunk]:
+        return _with_progress("harvest", trained(skip), tokens - skip)
+
+    return store, StoredSource(open_or_harvest(key, shown, tokens, tokens * size))
 
 
 def probe_key(data: LabelledText, lm: LanguageModel) -> dict[str, Any]:
@@ -63,12 +66,12 @@ def probe_key(data: LabelledText, lm: LanguageModel) -> dict[str, Any]:
 
 def probe_store(data: LabelledText, lm: LanguageModel) -> ActivationStore:
     """Activations of every content token of a labelled dataset on disk, texts numbered as in `data.texts`."""
-    return open_or_harvest(probe_key(data, lm), lambda: probe_chunks(data.texts, lm), tokens=None)
+    return open_or_harvest(probe_key(data, lm), lambda skip: probe_chunks(data.texts, lm, skip), tokens=None)
 
 
-def probe_chunks(texts: list[str], lm: LanguageModel) -> Iterator[Chunk]:
-    """The same, straight from the model."""
-    return harvest(lm, lm.token_rows(texts))
+def probe_chunks(texts: list[str], lm: LanguageModel, skip: int = 0) -> Iterator[Chunk]:
+    """The same, straight from the model, from token `skip` on."""
+    return harvest(lm, lm.token_rows(texts), skip=skip)
 
 
 def statistics(acts_NLD: Tensor) -> tuple[Tensor, Tensor]:
