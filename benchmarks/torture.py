@@ -344,13 +344,16 @@ def strike(child: int, board: Board, target: int, delay: float, number: int) -> 
 
 def failing(kind: str, number: int) -> Fault:
     """The flush of that number fails, or the file is cut short, which is told or is not."""
-    count = itertools.count(1)
+    count, on_disk = itertools.count(1), {}
 
     def fault(_opened: int, name: str) -> None:
+        size = os.stat(name).st_size
         if next(count) != number:
+            on_disk[name] = size
             return
         if kind in ("short write", "short write, not told"):
-            os.truncate(name, os.stat(name).st_size // 2)
+            kept = on_disk.get(name, 0)  # of a file that grows, what was flushed before stays
+            os.truncate(name, kept + (size - kept) // 2)
         if kind != "short write, not told":
             code = errno.ENOSPC if kind == "disk full" else errno.EIO
             raise OSError(code, os.strerror(code))

@@ -41,6 +41,8 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.received is not None and isinstance(error, ImportError):
+            raise Interrupted(self.received) from error  # some libraries take it for a failure of their start
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         impatient = self.received is not None and number == signal.SIGINT

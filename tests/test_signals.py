@@ -48,6 +48,20 @@ def test_an_error_inside_is_not_hidden_by_a_signal():
         raise KeyError
 
 
+def test_an_import_that_is_interrupted_is_no_failure_of_the_library():
+    def imports():
+        try:
+            send(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    with pytest.raises(Interrupted) as caught, StopSignals():
+        imports()
+    assert caught.value.exit_code == 143
+    with pytest.raises(ImportError), StopSignals():
+        raise ImportError("of its own")
+
+
 def test_a_second_ctrl_c_does_not_wait_and_a_second_sigterm_does():
     with pytest.raises(Interrupted), StopSignals() as stop, stop.deferred():
         send(signal.SIGTERM)

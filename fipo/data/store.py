@@ -21,7 +21,7 @@ from fipo.data import shards
 from fipo.data.harvest import Chunk
 from fipo.data.shards import MANIFEST
 from fipo.errors import UserError
-from fipo.files import cannot_write, put_in_place, remove, remove_temporaries, sha256_json, touch
+from fipo.files import cannot_write, put_in_place, remove, sha256_json, touch
 from fipo.lock import locked
 from fipo.progress import say
 
@@ -161,8 +161,10 @@ def _harvest(
     written = _whole_shards(beside, key)
     done = sum(shard["tokens"] for shard in written)
     if written:
-        remove_temporaries(beside)
         say(f"the harvest of before goes on after {done:,} tokens")
+        for file in beside.iterdir():  # of a shard or manifest whose writing was killed
+            if file.name not in {MANIFEST, *(shard["file"] for shard in written)}:
+                remove(file)
     else:
         remove(beside)
     _check_room(folder.parent, needed - (needed * done // tokens if tokens else 0))
