@@ -210,7 +210,7 @@ def show(
     for n, info in layers.items():
         measured = report.measures(info)
         told = {"latents": f"{info['dict_size']:,}", "L0": measured.pop("L0"), **measured}
-        shown.append(page.Subject(f"layer {n}", told, info, found[f"layer_{n}"], subjects[f"layer_{n}"].sae.dec_FD))
+        shown.append(page.Section(f"layer {n}", told, info, found[f"layer_{n}"], subjects[f"layer_{n}"].sae.dec_FD))
     page.write(
         out_dir / PAGE,
         f"{config.run}, {workload.name}, seed {config.seed}",

@@ -33,7 +33,7 @@ Pieces = Callable[[Sequence[int]], list[str]]
 """Token ids -> what each adds to the text."""
 
 
-class Subject(NamedTuple):
+class Section(NamedTuple):
     """What the page tells of one SAE."""
 
     name: str
@@ -46,7 +46,7 @@ class Subject(NamedTuple):
 
 
 def write(
-    file: Path, title: str, about: str, text: str, saes: Sequence[Subject], pieces: Pieces, picture: Path | None
+    file: Path, title: str, about: str, text: str, saes: Sequence[Section], pieces: Pieces, picture: Path | None
 ) -> None:
     """Make the page; `about`: a line on where all comes from, `text`: what the examples are of, `picture`: a PNG."""
     import jinja2
@@ -71,7 +71,7 @@ def others(mean_F: Tensor) -> list[int]:
     return [*order_N[:IMPORTANT].tolist(), *order_N[evenly].tolist()]
 
 
-def _told(one: Subject, pieces: Pieces) -> dict[str, Any]:
+def _told(one: Section, pieces: Pieces) -> dict[str, Any]:
     tasks, mean_F = _tasks(one.record), one.activity.mean_F
     probed = {latent for task in tasks for latent, _ in task["latents"]}
     latents = _latents(one, mean_F, probed.union(others(mean_F)), tasks, pieces)
@@ -118,7 +118,7 @@ def _tasks(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _latents(
-    one: Subject, mean_F: Tensor, wanted: set[int], tasks: list[dict[str, Any]], pieces: Pieces
+    one: Section, mean_F: Tensor, wanted: set[int], tasks: list[dict[str, Any]], pieces: Pieces
 ) -> list[dict[str, Any]]:
     """All that is told of the wanted latents, by importance."""
     rate_F = one.activity.rate_F

@@ -115,7 +115,7 @@ def _write_pages(
             "mean max cosine": f"{max_cosines(dec_FD).mean().item():.3f}",
         }
         record = records[one.name]
-        told = page.Subject(f"layer {one.layer}", measures, record, active[one.name], dec_FD)
+        told = page.Section(f"layer {one.layer}", measures, record, active[one.name], dec_FD)
         about = f"{lm.name}; git revision {record['git_revision']}"
         page.write(pages[one.name], one.name, about, "the labelled texts", [told], lm.pieces, None)
 

@@ -89,7 +89,7 @@ def write(tmp_path, chosen, count=2, pieces=lambda ids: [f" {HOSTILE}{n}\n" for 
     picture.write_bytes(b"not really a picture")
     dec_FD = torch.randn(60, 8, generator=seeded())
     told = {"L0": "3.2", "FVU": "0.123"}
-    made = [page.Subject(f"{HOSTILE} {n}", told, record(chosen, dataset), activity(), dec_FD) for n in range(count)]
+    made = [page.Section(f"{HOSTILE} {n}", told, record(chosen, dataset), activity(), dec_FD) for n in range(count)]
     page.write(tmp_path / "page.html", f"a title {HOSTILE}", "where from", "some text", made, pieces, picture)
     return read(tmp_path / "page.html")
 
@@ -186,7 +186,7 @@ def test_replayed_accuracies_are_said_to_be_other_ones(tmp_path, monkeypatch):
 
 
 def test_a_single_latent_has_no_neighbour(tmp_path):
-    alone = page.Subject("one", {}, record({"sport": [0]}), activity(11), torch.ones(1, 8))
+    alone = page.Section("one", {}, record({"sport": [0]}), activity(11), torch.ones(1, 8))
     page.write(tmp_path / "page.html", "t", "a", "x", [alone], lambda ids: ["."] * len(ids), None)
     assert "nearest" not in "".join(read(tmp_path / "page.html").text)
 
