@@ -18,6 +18,7 @@ import json
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -48,6 +49,7 @@ from benchmarks.common import command, publish, ready  # noqa: E402
 from benchmarks.journal import WATCHED  # noqa: E402
 from fipo import checkpoint, job, loop  # noqa: E402
 from fipo.data import shards  # noqa: E402
+from fipo.data.store import UNFINISHED  # noqa: E402
 from fipo.errors import UserError  # noqa: E402
 
 PHASES = ("set-up", "harvest", "training", "checkpointing", "probing", "reporting")
@@ -384,8 +386,10 @@ def what_is(name: str) -> str:
     path = Path(name)
     if path.name.startswith("shard_"):
         return "shard"
+    if path.name.endswith(UNFINISHED):
+        return "store/"
     if path.suffix == ".tmp":  # .NAME.PROCESS.tmp
-        inner = path.name[1:].rsplit(".", 2)[0]
+        inner = re.sub("^[0-9a-f]{32}", "pooled", path.name[1:].rsplit(".", 2)[0])
         return inner if "." in inner else ("checkpoint/" if inner.startswith("step_") else "store/")
     return path.name if path.suffix else "folder/"
 

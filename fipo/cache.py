@@ -20,6 +20,8 @@ from fipo.pooling import POOLED
 from fipo.report import make_console
 
 STORE = re.compile("[0-9a-f]{32}")
+OF_A_STORE = re.compile(r"\.[0-9a-f]{32}\.")
+"""How the name of one begins that is not finished (of before: ends in .tmp)."""
 SHOWN, SHORTEST = 12, 8
 """Characters of a name in the list, and those that `--remove` asks for at least."""
 UNREADABLE, ALL = "unreadable", "all"
@@ -55,7 +57,7 @@ def entries(root: Path) -> list[Entry]:
             content = _content(folder)
             told = content or f"{UNREADABLE}: of another version, or damaged"
             found.append(Entry(folder, _size(folder), _changed(folder / MANIFEST), told, bool(content)))
-        elif folder.name.endswith(UNFINISHED) and STORE.fullmatch(folder.name.removesuffix(UNFINISHED)[1:]):
+        elif folder.name.endswith((UNFINISHED, ".tmp")) and OF_A_STORE.match(folder.name):
             found.append(Entry(folder, _size(folder), _changed(folder), f"{UNREADABLE}: not finished", False))
         elif folder.name == POOLED:
             files = _inside(folder)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fipo.checkpoint import load_tensors
 from fipo.errors import UserError
+from fipo.files import sha256_json
 from fipo.finished import Result, read_all
 from fipo.names import CONTROLS, KINDS, MEASURES, bases, renamed, seeds_told, suite_names, with_sparsity
 from fipo.pareto import Point
@@ -172,7 +173,7 @@ def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int
                 _check_answers(result.outcomes, ours, name, key)
                 _check_answers(partner.outcomes, theirs, name, key)
                 values_TM = ours[key].double() - theirs[key].double()
-                found.setdefault(name, []).append(Answers(values_TM, ours[f"{name}/rows_TM"].long()))
+                found.setdefault(name, []).append(Answers(values_TM, _texts(ours, name, result)))
     if not found:
         return {}
     found = {name: joined(answers) for name, answers in found.items()}
@@ -181,6 +182,16 @@ def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int
     }
     everything = [one for answers in found.values() for one in answers]
     return {"all": bootstrap(everything, generator_for(0, "bootstrap", layer, k))[1], **intervals}
+
+
+def _texts(tensors: dict[str, Tensor], name: str, result: Result) -> Tensor:
+    """What names the text behind every row among those of all seeds, [T, M]; results of before tell only whether all of
+    a seed's texts are those of another."""
+    rows_TM, known_N = tensors[f"{name}/rows_TM"].long(), tensors.get(f"{name}/texts_N")
+    if known_N is not None and known_N.dim() == 1 and rows_TM.min() >= 0 and rows_TM.max() < len(known_N):
+        return known_N[rows_TM]
+    drawn = int(sha256_json([result.texts.get(name), rows_TM.tolist()])[:7], 16)
+    return rows_TM + (drawn << 32)
 
 
 def _check_answers(file: Path, tensors: dict[str, Tensor], name: str, key: str) -> None:

@@ -116,7 +116,7 @@ def run(out_dir: Path, experiments: Path) -> None:
             found = scores[f"layer_{n}"]
             record = report.probing_record(config, n, found, probed, sae_configs[n], origin["git_revision"])
             layers[n] = report.layer_info(config, n, lines[n], measures[n], record)
-            save_tensors(out_dir / f"layer_{n}" / OUTCOMES, outcomes(found))
+            save_tensors(out_dir / f"layer_{n}" / OUTCOMES, outcomes(found, probed))
         report.check_is_result(config, layers)
         report.draw(out_dir / LOG, out_dir / PICTURE, title=f"{config.run}, {workload.name}")
         show(config, out_dir, layers, subjects, held_out, lm, origin["git_revision"])
@@ -226,6 +226,9 @@ def finish(
     config: RunConfig, out_dir: Path, layers: dict[int, dict[str, Any]], phases: Phases, origin: dict[str, Any]
 ) -> None:
     """Write times and, last, the record; print the table."""
+    for folder in out_dir.glob("layer_*"):
+        if folder.name not in {f"layer_{layer}" for layer in layers}:  # of a config that this run once had
+            remove(folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     write_json(out_dir / RUNTIME, {**phases.seconds, "harvested": phases.harvested, "peak_memory_gib": peak, **origin})
     importance, batch = config.importance, config.workload.batch_tokens
@@ -242,8 +245,5 @@ def finish(
             "layers": {str(layer): info for layer, info in layers.items()},
         },
     )
-    for folder in out_dir.glob("layer_*"):
-        if folder.name not in {f"layer_{layer}" for layer in layers}:  # of a config that this run once had
-            remove(folder)
     remove(out_dir / CHECKPOINTS)
     report.print_results(out_dir)

@@ -50,7 +50,7 @@ def ground_truth_points(file: Path) -> list[Point]:
             Point(panel, str(row["method"]), f"k {row['k']}", float(row["explained_variance"]), float(row["f1"]))
             for row in record["rows"]
         ]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file} is no result of benchmarks/ground_truth.py: {error!r}; leave it out") from error
 
 

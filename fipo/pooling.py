@@ -182,7 +182,7 @@ def numbers_or_read(key: Any, measure: Callable[[], dict[str, float]]) -> dict[s
         numbers = {name: float(value) for name, value in read_json(place).items()}
         touch(place)
         return numbers
-    except (UserError, AttributeError, TypeError, ValueError):
+    except (UserError, AttributeError, TypeError, ValueError, OverflowError):
         numbers = measure()
         write_json(place, numbers)
         return numbers

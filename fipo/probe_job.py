@@ -61,7 +61,7 @@ def run(folders: Sequence[Path], probing: Probing, seed: int, out: Path | None, 
                 record = {**_record(one, setting, scores[one.name], data), "key": keys[one.name], **origin}
                 records[one.name] = record
                 if out is not None:
-                    save_tensors(out / f"{files[one.name]}{OUTCOMES_SUFFIX}", outcomes(scores[one.name]))
+                    save_tensors(out / f"{files[one.name]}{OUTCOMES_SUFFIX}", outcomes(scores[one.name], data))
                     write_json(out / f"{files[one.name]}{RESULT_SUFFIX}", record)
         if out is not None:
             pages = {one.name: out / f"{files[one.name]}{PAGE_SUFFIX}" for one in saved}

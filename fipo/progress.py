@@ -51,7 +51,7 @@ def progress(title: str, total: float, unit: str) -> Iterator[Callable[[float, s
             rate = done / (now - start)
             left = max(0.0, total - done) / rate if rate > 0 else 0.0
             print(
-                f"{title}: {done / total:4.0%}  {rate:,.0f} {unit}/s  {left:.0f} s left  {note}".rstrip(),
+                f"{title}: {done / max(1, total):4.0%}  {rate:,.0f} {unit}/s  {left:.0f} s left  {note}".rstrip(),
                 file=sys.stderr,
                 flush=True,
             )

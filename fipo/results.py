@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ SUITE_RESULT_SUFFIX = "_sae_probes_results.json"
 """How the names end of what `fipo probe --out` writes."""
 SUITE_METRICS = {"accuracy": "accuracy", "auc": "AUC", "f1": "F1"}
 """What a probe of the second suite is scored by, and how tables name it."""
+_K = re.compile("[1-9][0-9]{0,8}")
 SHARE, MEASURE = "a share from 0 to 1", "a number, zero or more"
 _RUN: dict[str, Any] = {
     "run": str,
@@ -92,6 +95,8 @@ def read_probe_result(file: Path) -> dict[str, Any]:
         _check(file, "", record, _PROBED)
         _check_trained(file, record["sae"])
         _check_accuracies(file, "", record)
+        of_runs = {key: kind for key, kind in _LAYER.items() if kind in (SHARE, MEASURE, float)}
+        _check(file, "", record, {key: kind for key, kind in of_runs.items() if key in record})
     return record
 
 
@@ -103,7 +108,7 @@ def read_suite_result(file: Path) -> dict[str, Any]:
         _check_trained(file, record["sae"])
         ks = list(record["mean"]["sae"])
         for key in ks:
-            _check(file, "mean.sae, a k", int(key) if key.isdecimal() else key, int)
+            _check(file, "mean.sae, a k", int(key) if _K.fullmatch(key) else key, int)
         of_each = {k: dict.fromkeys(SUITE_METRICS, SHARE) for k in ks}
         for name in record["results"]:
             _check(file, f"results.{name}", record["results"][name], dict.fromkeys(("sae", "llm", "random"), of_each))
@@ -200,7 +205,7 @@ def _check(file: Path, path: str, value: Any, kind: Any) -> None:
         for number, item in enumerate(value if good else ()):
             _check(file, f"{path}[{number}]", item, kind[0])
     elif isinstance(kind, str) or kind is float:
-        good = isinstance(value, int | float) and not isinstance(value, bool)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         good = good and (kind is float or 0 <= value <= (1 if kind is SHARE else float("inf")))
     else:
         good = type(value) is kind

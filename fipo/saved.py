@@ -122,6 +122,7 @@ def _run_of(folder: Path) -> dict[str, Any]:
     beside = folder.parent / "config.yaml"
     run = read_yaml(beside) if beside.is_file() else {}
     ours = isinstance(run.get("run"), str) and isinstance(run.get("workload", {}), dict)
+    ours = ours and type(run.get("seed", 0)) is int
     return run if ours else {}
 
 
@@ -165,4 +166,4 @@ def _agreed(what: str, values: list[Any], saved: Sequence[Saved]) -> Any:
 
 def _number(folder: Path) -> int:
     digits = folder.name.removeprefix("layer_")
-    return int(digits) if digits.isdigit() else -1
+    return int(digits) if digits.isascii() and digits.isdecimal() else -1

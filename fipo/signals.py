@@ -28,7 +28,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._deferred = False
+        self._deferred = self._raised = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -41,13 +41,14 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self.received is not None and isinstance(error, ImportError):
-            raise Interrupted(self.received) from error  # some libraries take it for a failure of their start
+        if self.received is not None and self._raised and isinstance(error, Exception):
+            raise Interrupted(self.received) from error  # what compiled code has made of ours
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         impatient = self.received is not None and number == signal.SIGINT
         self.received = number
         if impatient or not self._deferred:
+            self._raised = True
             raise Interrupted(number)
 
     @contextlib.contextmanager

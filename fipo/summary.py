@@ -3,10 +3,12 @@
 Everything here goes under keys of its own; SAEBench's keys keep their meaning (fipo.saebench).
 """
 
+import hashlib
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fipo.config import Probing
@@ -67,14 +69,21 @@ def extras(results: Sequence[DatasetScores], data: Sequence[LabelledText], probi
     }
 
 
-def outcomes(results: Sequence[DatasetScores]) -> dict[str, Tensor]:
-    """Every single answer, for paired comparisons: `DATASET/rows_TM`, `DATASET/who_top_k/right_TM`."""
+def outcomes(results: Sequence[DatasetScores], data: Sequence[LabelledText]) -> dict[str, Tensor]:
+    """Every single answer, for paired comparisons: `DATASET/rows_TM`, `DATASET/who_top_k/right_TM`; and by what the
+    texts of other seeds are known again, `DATASET/texts_N`."""
     tensors = {}
-    for one in results:
+    for one, drawn in zip(results, data, strict=True):
         tensors[f"{one.name}/rows_TM"] = one.rows_TM.int()
+        tensors[f"{one.name}/texts_N"] = torch.tensor([_number_of(text) for text in drawn.texts])
         for who, scores in one.scores.items():
             tensors |= {f"{one.name}/{who}_top_{k}/right_TM": right_TM for k, right_TM in scores.first.right.items()}
     return tensors
+
+
+def _number_of(text: str) -> int:
+    """63 bits of the SHA-256 of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _controls(results: Sequence[DatasetScores]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Answers(NamedTuple):
 
     values_TM: Tensor
     rows_TM: Tensor
-    """Number of the text behind each row."""
+    """Number of the text behind each row; the same one in all that are `joined`."""
     weight: int = 1
     """How often it counts in a mean over several: as many trainings as are `joined` in it."""
 
@@ -48,8 +48,8 @@ def dataset_error(answers: Answers) -> float:
     values_TM = answers.values_TM.double()
     tasks, rows = values_TM.shape
     share_TM = (values_TM - values_TM.mean(1, keepdim=True)) / (rows * tasks)
-    by_text_N = torch.zeros(int(answers.rows_TM.max()) + 1, dtype=torch.float64)
-    by_text_N.index_add_(0, answers.rows_TM.flatten(), share_TM.flatten())
+    texts_N, text_M = answers.rows_TM.flatten().unique(return_inverse=True)
+    by_text_N = torch.zeros(len(texts_N), dtype=torch.float64).index_add_(0, text_M, share_TM.flatten())
     return by_text_N.pow(2).sum().sqrt().item()
 
 
@@ -71,10 +71,10 @@ def bootstrap(
 
 
 def joined(answers: Sequence[Answers]) -> list[Answers]:
-    """Those of the same texts as one, of more tasks and as much more weight."""
+    """Those that share texts as one, of more tasks and as much more weight."""
     same: list[list[Answers]] = []
     for one in answers:
-        group = next((of for of in same if of[0].rows_TM.equal(one.rows_TM)), None)
+        group = next((of for of in same if any(_share_texts(one, other) for other in of)), None)
         if group is None:
             same.append([one])
         else:
@@ -83,6 +83,10 @@ def joined(answers: Sequence[Answers]) -> list[Answers]:
         Answers(torch.cat([of.values_TM for of in group]), torch.cat([of.rows_TM for of in group]), len(group))
         for group in same
     ]
+
+
+def _share_texts(one: Answers, other: Answers) -> bool:
+    return one.rows_TM.shape[1] == other.rows_TM.shape[1] and bool(torch.isin(one.rows_TM, other.rows_TM).any())
 
 
 def _resampled(answers: Answers, generator: torch.Generator, resamples: int) -> Tensor:

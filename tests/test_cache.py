@@ -154,8 +154,9 @@ def test_a_name_of_the_cache_that_looks_like_markup(monkeypatch, tmp_path, capsy
     assert "c[/bold][red]3" in listed(capsys)
 
 
-def test_what_a_killed_harvest_left_is_listed_and_can_go(own_cache, capsys):
-    left = own_cache / f".{'a' * 32}.unfinished"
+@pytest.mark.parametrize("ending", ["2048x1024.unfinished", "999999.tmp"])  # the second of before
+def test_what_a_killed_harvest_left_is_listed_and_can_go(own_cache, capsys, ending):
+    left = own_cache / f".{'a' * 32}.{ending}"
     left.mkdir()
     (left / "shard_00000.safetensors").write_bytes(bytes(3_000_000))
     assert "3.0 MB" in (out := listed(capsys)) and "unreadable: not finished" in out and "aaaaaaaaaaaa" in out

@@ -386,6 +386,17 @@ def test_an_sae_that_is_silent_is_told_and_not_called_unscaled(saved, labelled_f
     assert code == 0 and "no latent of SAE other is active" in errors and "times smaller" not in errors
 
 
+@pytest.mark.parametrize("config", ["run: run_3\nseed: 2024-01-01\n", "run: run_3\nworkload: 3\n"])
+def test_what_lies_beside_an_sae_may_be_no_run_of_ours(config, saved, labelled_folders, capsys):
+    (saved / "run_3" / "config.yaml").write_text(config)
+    shutil.copytree(saved / "other", saved / "run_3" / "layer_²")
+    out = saved / "out"
+    code, _, errors = probe(capsys, [saved / "run_3" / "layer_0"], labelled_folders, "--out", out)
+    assert code == 0, errors
+    assert json.loads((out / "layer_0_eval_results.json").read_text())["sae"]["seed"] is None
+    assert probe(capsys, [saved / "run_3"], labelled_folders)[0] in (0, 2)
+
+
 def rewrite(folder, metadata):
     config = json.loads((folder / "cfg.json").read_text())
     config["metadata"] = config["metadata"] | metadata if metadata is not None else []

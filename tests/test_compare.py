@@ -101,9 +101,10 @@ def test_an_unfinished_run_is_named(tmp_path):
         report([tmp_path])
 
 
-def answered(folder, right_TM, rows_TM=None, name="topics"):
+def answered(folder, right_TM, rows_TM=None, texts_N=None, name="topics"):
     rows_TM = torch.arange(right_TM.shape[1]).repeat(len(right_TM), 1) if rows_TM is None else rows_TM
     tensors = {f"{name}/rows_TM": rows_TM, f"{name}/sae_top_1/right_TM": right_TM}
+    tensors |= {} if texts_N is None else {f"{name}/texts_N": texts_N}
     save_tensors(folder / "layer_3" / "probing_outcomes.safetensors", tensors)
     return folder
 
@@ -132,6 +133,24 @@ def test_more_seeds_on_the_same_texts_do_not_narrow_what_texts_leave_open(tmp_pa
     mean, width = interval(folders(1, "one", False))
     assert interval(folders(3, "same", False)) == pytest.approx((mean, width), abs=0.012)
     assert interval(folders(3, "own", True)) == pytest.approx((mean, width / 3**0.5), abs=0.012)
+
+
+def test_seeds_that_asked_the_same_texts_in_another_order_are_no_surer(tmp_path):
+    """What tells it are the texts themselves, which results hold; their numbers are of each seed's own order."""
+    generator = torch.Generator().manual_seed(0)
+    right = {run: torch.rand(2, 200, generator=generator) < share for run, share in (("run_8", 0.6), ("run_6", 0.7))}
+
+    def folders(seeds):
+        made = []
+        for run, right_TM in right.items():
+            for seed in range(seeds):
+                order_N = torch.randperm(200, generator=torch.Generator().manual_seed(seed))
+                folder = finished(tmp_path / f"{seeds}{run}{seed}", run, seed, 0.3)
+                made.append(answered(folder, right_TM[:, order_N], torch.arange(200).repeat(2, 1), order_N + 1000))
+        return made
+
+    mean, width = interval(folders(1))
+    assert interval(folders(4)) == pytest.approx((mean, width), abs=0.012)
 
 
 def test_trainings_count_alike_where_some_share_their_texts(tmp_path):

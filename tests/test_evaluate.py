@@ -165,7 +165,7 @@ def test_the_chosen_latents_are_those_of_the_largest_difference(lm, data):
 
 def test_summary_is_the_scores(lm, data):
     (result,) = probe(lm, data, {"a": subject()}, PROBING, 5).values()
-    found, more, kept = accuracies(result), extras(result, data, PROBING), outcomes(result)
+    found, more, kept = accuracies(result), extras(result, data, PROBING), outcomes(result, data)
     for one, text in zip(result, data, strict=True):
         by_class = found[one.name]["sae_top_5_test_accuracy"]
         assert list(by_class) == list(text.train)

@@ -139,8 +139,8 @@ def test_json_beyond_all_measure_is_not_read(tmp_path):
 
 
 def test_temporaries_are_removed_and_nothing_else(tmp_path):
-    left = [".a.json.17.tmp", "below/.b.3.tmp", ".folder.4.tmp/inside"]
-    own = ["a.json", ".note.tmp", "b.3.tmp", ".c.tmp.3", "below/c"]
+    left = [".a.json.17.tmp", "below/.b.3.tmp", ".folder.4.tmp/inside", "below/.tmpIpHMnT"]
+    own = ["a.json", ".note.tmp", "b.3.tmp", ".c.tmp.3", "below/c", ".tmp-mine", "tmpIpHMnT"]
     for name in left + own:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -155,9 +155,12 @@ def test_temporaries_of_the_living_stay_where_others_may_write(tmp_path):
         (tmp_path / f".a.{process}.tmp").write_text("x")
         os.utime(tmp_path / f".a.{process}.tmp", (0, 0))
     (tmp_path / f".b.{dead.pid}.tmp").write_text("x")  # of a writer elsewhere, perhaps
+    (tmp_path / ".tmpIpHMnT").write_text("x")  # the same of safetensors', which does not say whose it is
+    (tmp_path / ".tmpabcdef").write_text("x")
+    os.utime(tmp_path / ".tmpabcdef", (0, 0))
     remove_temporaries(tmp_path, of_the_dead=True)
     living = [f".a.{process}.tmp" for process in (os.getpid(), os.getppid())]
-    assert names(tmp_path) == sorted([*living, f".b.{dead.pid}.tmp"])
+    assert names(tmp_path) == sorted([*living, f".b.{dead.pid}.tmp", ".tmpIpHMnT"])
 
 
 def test_a_link_is_removed_and_not_what_it_points_at(tmp_path):

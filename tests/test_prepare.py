@@ -77,6 +77,15 @@ def test_a_stream_is_taken_up_anywhere(load_lm, text_folder, cached):
         assert source.take(1).equal(trained_NLD[position : position + 1])
 
 
+def test_a_stream_is_named_by_the_order_of_its_tokens(load_lm, text_folder, monkeypatch):
+    """Which batches set; a run that goes on in another would lose tokens and double others."""
+    lm, keys = load_lm("bert"), set()
+    for batch_tokens in (2048, 2048, 16_384):
+        monkeypatch.setattr(harvest_module, "BATCH_TOKENS", batch_tokens)
+        keys.add(training_activations(text(text_folder, cached=False), lm)[1].key)
+    assert len(keys) == 2
+
+
 def test_held_out_text_is_as_long_as_the_text_trained_on(load_lm, tmp_path):
     """Of rows sorted by length the first would be the shortest."""
     lm = load_lm("bert")

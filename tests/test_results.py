@@ -52,6 +52,7 @@ def test_no_finished_run(tmp_path):
         ("layers.3.held_out_fvu", -0.1, "layers.3.held_out_fvu is -0.1; expected a number, zero or more"),
         ("layers.3.dead_share", 1.1, "layers.3.dead_share is 1.1; expected a share from 0 to 1"),
         ("layers.3.held_out_l0", None, "layers.3.held_out_l0 is None"),
+        ("layers.3.held_out_l0", 10**400, "layers.3.held_out_l0 is 1000"),
         ("layers.3.eval_config.dataset_names", ["b"], "eval_result_details is not one row for each"),
         ("layers.3.eval_result_metrics", None, "eval_result_metrics.llm is no mapping"),
         (

@@ -156,6 +156,28 @@ def test_other_columns_are_told(name, rows, config, tmp_path):
         select(name, TRAIN, TEST, SEED)
 
 
+@pytest.mark.parametrize(
+    ("name", "source", "row", "told"),
+    [
+        ("fancyzhx/ag_news", None, {"text": "x", "label": [1]}, "label holds list; expected text or a number"),
+        ("codeparrot/github-code", None, {"code": "x", "language": ["C"]}, "language holds list; expected text"),
+        ("codeparrot/github-code", None, {"content": "x", "path": 1}, "path holds int; expected text"),
+        ("codeparrot/github-code", None, {"content": 5, "path": "a.c"}, "content holds int; expected text"),
+        (
+            "canrager/amazon_reviews_mcauley_1and5_sentiment",
+            "canrager/amazon_reviews_mcauley_1and5",
+            {"text": "x", "rating": "five"},
+            "rating is 'five'; expected a number",
+        ),
+    ],
+)
+def test_values_of_another_type_are_told(name, source, row, told, tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path, source or name, split, [row] * 4)
+    with pytest.raises(UserError, match=told):
+        select(name, 2, 2, SEED)
+
+
 def test_what_is_no_text_is_told(tmp_path):
     news = [{"text": None if number == 3 else "x", "label": label} for number in range(30) for label in range(4)]
     save(tmp_path, "fancyzhx/ag_news", "train", news)

@@ -2,6 +2,7 @@
 
 import errno
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,17 +240,13 @@ def stopped(error, after_tokens):
     return produce
 
 
-def test_a_harvest_that_fails_leaves_nothing(own_cache):
-    with pytest.raises(RuntimeError):
-        open_or_harvest({"key": 1}, stopped(RuntimeError, 37), tokens=None)
-    assert contents(own_cache) == []
-    assert open_or_harvest({"key": 1}, given(), tokens=None).tokens == 37
-
-
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize(("after_tokens", "kept"), [(1, 0), (20, 20), (24, 20), (37, 30)])
-def test_a_harvest_that_is_stopped_goes_on_after_its_last_whole_shard(own_cache, capsys, after_tokens, kept):
-    with pytest.raises(KeyboardInterrupt):
-        open_or_harvest({"key": 1}, stopped(KeyboardInterrupt, after_tokens), tokens=None)
+def test_a_harvest_that_is_stopped_or_fails_goes_on_after_its_last_whole_shard(
+    own_cache, capsys, after_tokens, kept, error
+):
+    with pytest.raises(error):
+        open_or_harvest({"key": 1}, stopped(error, after_tokens), tokens=None)
     (left,) = [*own_cache.iterdir(), None][:1]
     assert (left is None) == (kept == 0) and (left is None or left.name.endswith(".unfinished"))
     if left is not None:
@@ -262,11 +259,29 @@ def test_a_harvest_that_is_stopped_goes_on_after_its_last_whole_shard(own_cache,
         return given()(skip)
 
     made = open_or_harvest({"key": 1}, rest, tokens=None)
+    assert made.made == (kept == 0)
     assert skipped == [kept] and made.tokens == 37 and torch.equal(made.read(0, 37), whole())
     assert torch.equal(made.token_ids(), torch.arange(100, 137))
     assert [path.name for path in own_cache.iterdir()] == [made.folder.name]
     assert len(list(made.folder.iterdir())) == 5
     assert (f"goes on after {kept} tokens" in capsys.readouterr().err) == (kept > 0)
+
+
+def test_a_harvest_does_not_go_on_in_another_order(own_cache):
+    with pytest.raises(KeyboardInterrupt):
+        open_or_harvest({"key": 1}, stopped(KeyboardInterrupt, 37), None, order="2048")
+    skipped = []
+    made = open_or_harvest({"key": 1}, lambda skip: skipped.append(skip) or given()(skip), None, order="16384")
+    assert skipped == [0] and [path.name for path in own_cache.iterdir()] == [made.folder.name]
+
+
+def test_room_is_asked_for_what_is_not_there_yet(monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        open_or_harvest({"key": 1}, stopped(KeyboardInterrupt, 37), None)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
+    with pytest.raises(UserError, match="the activations take"):
+        open_or_harvest({"key": 1}, given(), None, needed=9_000)
+    assert open_or_harvest({"key": 1}, given(), None, needed=2_500).tokens == 37
 
 
 @pytest.mark.parametrize("damage", ["shard", "manifest", "key"])
@@ -319,7 +334,7 @@ def test_a_disk_slower_than_the_harvest(monkeypatch):
     assert torch.equal(made.read(0, 69), whole((64, 5))) and most == [1] * 7
 
 
-def test_a_disk_that_is_full_while_the_harvest_goes_on(monkeypatch, own_cache):
+def test_a_disk_that_is_full_while_the_harvest_goes_on(monkeypatch):
     harvested, write = [], shards.write_tensors
 
     def full(file, tensors):
@@ -335,7 +350,11 @@ def test_a_disk_that_is_full_while_the_harvest_goes_on(monkeypatch, own_cache):
     monkeypatch.setattr(shards, "write_tensors", full)
     with pytest.raises(UserError, match="No space left on device"):
         open_or_harvest({"key": 1}, counted, tokens=None)
-    assert len(harvested) == 3 and not [path for path in contents(own_cache) if path.suffix != ".lock"]
+    assert len(harvested) == 3
+    monkeypatch.setattr(shards, "write_tensors", write)
+    skipped = []
+    made = open_or_harvest({"key": 1}, lambda skip: skipped.append(skip) or given((10,) * 9)(skip), tokens=None)
+    assert skipped == [10] and torch.equal(made.read(0, 90), whole((10,) * 9))
 
 
 def test_nothing_to_keep(own_cache):

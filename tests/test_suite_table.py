@@ -130,6 +130,8 @@ def test_other_settings_are_compared_apart(tmp_path, key, value):
         ({"sae": {"name": "x", "layer": 3, "seed": "1"}}, "sae.seed is '1'"),
         ({"mean": {}}, "mean.sae is None"),
         ({"mean": {"sae": {"x": 1}}}, "a k is 'x'"),
+        ({"mean": {"sae": {"01": 1}}}, "a k is '01'"),
+        ({"mean": {"sae": {"9" * 5000: 1}}}, "a k is '9999"),
         ({"results": {}}, "results is .."),
         ({"results": {"a": {}}}, "results.a.sae is None"),
         ({"hardware": {}}, "hardware.cpu is None"),

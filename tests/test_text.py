@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import lzma
+import math
 
 import pyarrow
 import pytest
@@ -188,8 +189,8 @@ def streamed(monkeypatch):
     waits = []
     monkeypatch.setattr(text_module.time, "sleep", waits.append)
 
-    def run(breaks, *passes):
-        records = [[{"text": line} for line in texts] for texts in passes or (TEXTS,)]
+    def run(breaks, *passes, other=None):
+        records = [[{"text": line, "other": other} for line in texts] for texts in passes or (TEXTS,)]
         calls = []
 
         def load(*_given):
@@ -206,6 +207,12 @@ def test_a_stream_that_breaks_off_goes_on_where_it_was(streamed, capsys):
     texts, waits = streamed([1, 2, 2, 2])
     assert list(texts) == TEXTS and waits == [1, 1, 2, 4]  # a record came after the first break
     assert "someone/texts broke off after record 1; trying again in 1 s" in capsys.readouterr().err
+
+
+def test_a_stream_goes_on_whatever_its_other_columns_hold(streamed):
+    """Not a number is not equal to itself."""
+    texts, _ = streamed([2], other=math.nan)
+    assert list(texts) == TEXTS
 
 
 def test_a_stream_that_stays_away_is_a_clear_stop(streamed):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toys import seeded
 
-from fipo.uncertainty import Answers, bootstrap, dataset_error, suite_error, task_errors
+from fipo.uncertainty import Answers, bootstrap, dataset_error, joined, suite_error, task_errors
 
 
 def shared(texts, tasks, seed, shared_part):
@@ -73,3 +73,14 @@ def test_texts_that_few_tasks_have():
     assert answers.mean == 0.5 and dataset_error(answers) == 0
     interval = bootstrap([answers], seeded())[1]
     assert 0.49 < interval.low <= interval.high < 0.51
+
+
+def test_answers_that_share_texts_are_joined_in_whatever_order_they_were_asked():
+    values_TM, rows_TM = torch.ones(2, 4), torch.tensor([[10, 11, 12, 13], [12, 13, 14, 15]])
+    other = Answers(values_TM, torch.tensor([[90, 91, 92, 93], [94, 95, 96, 97]]))
+    alike = Answers(values_TM, rows_TM.flip(1) + 2)
+    found = joined([Answers(values_TM, rows_TM), other, alike])
+    assert [one.weight for one in found] == [2, 1] and torch.equal(
+        found[0].rows_TM, torch.cat([rows_TM, alike.rows_TM])
+    )
+    assert len(joined([Answers(values_TM, rows_TM), Answers(torch.ones(2, 3), rows_TM[:, :3])])) == 2

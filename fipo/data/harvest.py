@@ -18,6 +18,8 @@ from fipo.errors import UserError
 BATCH_TOKENS, BATCH_TOKENS_GPU = 2048, 16_384
 """Tokens of a forward pass: few, which stay in a processor's cache, or enough for a GPU to work longer at than a pass
 takes to start."""
+WINDOW = 1024
+"""Rows that are sorted by length together."""
 
 
 class Chunk(NamedTuple):
@@ -31,13 +33,23 @@ class Chunk(NamedTuple):
     """Token ids, int64."""
 
 
+def order_of(lm: LanguageModel) -> str:
+    """Names what the order of a harvest's tokens depends on, beside the rows."""
+    return f"{_batch_tokens(lm)}x{WINDOW}"
+
+
 def harvest(
-    lm: LanguageModel, rows: Iterable[list[int]], *, batch_tokens: int | None = None, window: int = 1024, skip: int = 0
+    lm: LanguageModel,
+    rows: Iterable[list[int]],
+    *,
+    batch_tokens: int | None = None,
+    window: int = WINDOW,
+    skip: int = 0,
 ) -> Iterator[Chunk]:
     """Activations of the content tokens of all rows, window by window. `skip`: content tokens left out at the start
     (whole batches before it never reach the model): the place from which a resumed stream goes on. `batch_tokens`: of
     one forward pass, by default what suits the device."""
-    batch_tokens = batch_tokens or (BATCH_TOKENS if lm.device == "cpu" else BATCH_TOKENS_GPU)
+    batch_tokens = batch_tokens or _batch_tokens(lm)
     special = torch.tensor(lm.special_ids)
     for numbers, window_rows in _windows(rows, window):
         by_length = sorted(range(len(window_rows)), key=lambda index: (len(window_rows[index]), index))
@@ -63,6 +75,10 @@ def first_rows(rows: Iterator[list[int]], lm: LanguageModel, tokens: int) -> Ite
     while count < tokens and (row := next(rows, None)) is not None:
         count += sum(token not in special for token in row)
         yield row
+
+
+def _batch_tokens(lm: LanguageModel) -> int:
+    return BATCH_TOKENS if lm.device == "cpu" else BATCH_TOKENS_GPU
 
 
 def _windows(rows: Iterable[list[int]], size: int) -> Iterator[tuple[int, list[list[int]]]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fipo.config import Text
 from fipo.data.buffer import ActivationSource, LiveSource, StoredSource
-from fipo.data.harvest import Chunk, first_rows, harvest
+from fipo.data.harvest import Chunk, first_rows, harvest, order_of
 from fipo.data.labelled import LabelledText
 from fipo.data.lm import LanguageModel
 from fipo.data.store import ActivationStore, open_or_harvest, too_short
@@ -44,19 +44,20 @@ def training_activations(text: Text, lm: LanguageModel) -> tuple[ActivationStore
         after = rows()
         for _ in first_rows(after, lm, held):
             pass
-        return _cut(harvest(lm, first_rows(after, lm, tokens), skip=skip), skip, tokens)
+        return harvest(lm, first_rows(after, lm, tokens), skip=skip)
 
+    order = order_of(lm)
     size = len(lm.layers) * lm.width * lm.dtype.itemsize
     both = held + tokens * text.cached
-    store = open_or_harvest({**key, "rows": "first", "tokens": held}, held_out, held, both * size)
+    store = open_or_harvest({**key, "rows": "first", "tokens": held}, held_out, held, both * size, order)
     if not text.cached:
-        return store, LiveSource(trained, store.folder.name)
+        return store, LiveSource(lambda skip: _cut(trained(skip), skip, tokens), f"{store.folder.name}, {order}")
     key |= {"rows": "next", "held_out": held, "tokens": tokens}
 
     def shown(skip: int) -> Iterator[Chunk]:
         return _with_progress("harvest", trained(skip), tokens - skip)
 
-    return store, StoredSource(open_or_harvest(key, shown, tokens, tokens * size))
+    return store, StoredSource(open_or_harvest(key, shown, tokens, tokens * size, order))
 
 
 def probe_key(data: LabelledText, lm: LanguageModel) -> dict[str, Any]:
@@ -66,7 +67,9 @@ def probe_key(data: LabelledText, lm: LanguageModel) -> dict[str, Any]:
 
 def probe_store(data: LabelledText, lm: LanguageModel) -> ActivationStore:
     """Activations of every content token of a labelled dataset on disk, texts numbered as in `data.texts`."""
-    return open_or_harvest(probe_key(data, lm), lambda skip: probe_chunks(data.texts, lm, skip), tokens=None)
+    return open_or_harvest(
+        probe_key(data, lm), lambda skip: probe_chunks(data.texts, lm, skip), None, order=order_of(lm)
+    )
 
 
 def probe_chunks(texts: list[str], lm: LanguageModel, skip: int = 0) -> Iterator[Chunk]:
@@ -98,7 +101,7 @@ def _key(lm: LanguageModel, text: str, packed: bool) -> dict[str, Any]:
         "tokenizer": lm.tokenizer_hash,
         "text": text,
         "context": lm.context,
-        "packed": packed,
+        "packed": packed and [lm.tokenizer.eos_token_id],  # which stands between texts
         "dtype": str(lm.dtype),
     }
 

@@ -82,7 +82,14 @@ def _halves(table: Any, columns: tuple[str, str, str], size: int, seed: int) -> 
 
 
 def _amazon_sentiment(read: Reader, _name: str, train: int, test: int, seed: int) -> Splits:
-    return _drawn(read, _AMAZON, "rating", ("1.0", "5.0"), lambda value: str(float(value)), train, test, seed)
+    return _drawn(read, _AMAZON, "rating", ("1.0", "5.0"), _rating, train, test, seed)
+
+
+def _rating(value: Any) -> str:
+    try:
+        return str(float(value))
+    except ValueError as error:
+        raise UserError(f"dataset {_AMAZON}: rating is {str(value)[:80]!r}; expected a number") from error
 
 
 def _ag_news(read: Reader, name: str, train: int, test: int, seed: int) -> Splits:
@@ -124,10 +131,10 @@ def _github(read: Reader, name: str, train: int, test: int, seed: int) -> Splits
 def _code(name: str, record: dict[str, Any]) -> tuple[str | None, str | None]:
     """Language and code of a record: as the hub's script gives them, or of its files, which hold path and content."""
     if "language" in record:
-        return record["language"], _value(name, record, "code")
-    path = _value(name, record, "path") or ""
+        return _text(name, record, "language"), _text(name, record, "code")
+    path = _text(name, record, "path") or ""
     language = next((one for one, endings in _LANGUAGES.items() if path.endswith(endings)), None)
-    return language, _value(name, record, "content")
+    return language, _text(name, record, "content")
 
 
 def _europarl(read: Reader, name: str, train: int, test: int, seed: int) -> Splits:
@@ -180,6 +187,16 @@ def _value(source: str, record: dict[str, Any], *keys: str) -> Any:
                 "what SAEBench reads"
             )
         value = value[key]
+    if not isinstance(value, str | int | float | None):
+        raise UserError(f"dataset {source}: {'.'.join(keys)} holds {type(value).__name__}; expected text or a number")
+    return value
+
+
+def _text(source: str, record: dict[str, Any], *keys: str) -> str | None:
+    """The same where it must be text."""
+    value = _value(source, record, *keys)
+    if not isinstance(value, str | None):
+        raise UserError(f"dataset {source}: {'.'.join(keys)} holds {type(value).__name__}; expected text")
     return value
 
 

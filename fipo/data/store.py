@@ -42,14 +42,16 @@ def cache_root() -> Path:
 class ActivationStore:
     """Activations [N, L, D], with the number of each token's text and its id."""
 
-    def __init__(self, folder: Path, *, made: bool = False) -> None:
-        """Open and check; a missing or damaged store is a `UserError`. `made`: by this process, just now; the hashes of
-        its shards were taken of what was written."""
-        self.folder, self.made = folder, made
+    made = False
+    """By this process, just now, from the first token on?"""
+
+    def __init__(self, folder: Path, *, hashed: bool = True) -> None:
+        """Open and check; a missing or damaged store is a `UserError`. Not `hashed`: by its looks alone."""
+        self.folder = folder
         self.manifest = shards.checked_manifest(folder)
         self.tokens: int = self.manifest["tokens"]
         self._files = [folder / shard["file"] for shard in self.manifest["shards"]]
-        if len({shards.checked_shard(folder, shard, hashed=not made) for shard in self.manifest["shards"]}) > 1:
+        if len({shards.checked_shard(folder, shard, hashed=hashed) for shard in self.manifest["shards"]}) > 1:
             raise UserError(f"{folder} is damaged: its shards differ in layers, width or dtype")
 
     def read(self, start: int, count: int) -> Tensor:
@@ -91,13 +93,18 @@ class ActivationStore:
 
 
 def open_or_harvest(
-    key: dict[str, Any], produce: Callable[[int], Iterable[Chunk]], tokens: int | None, needed: int = 0
+    key: dict[str, Any],
+    produce: Callable[[int], Iterable[Chunk]],
+    tokens: int | None,
+    needed: int = 0,
+    order: str = "",
 ) -> ActivationStore:
     """The store of this key, made where there is none (or a damaged one) by `produce`, which is given how many tokens
     are there already and gives those that follow.
 
     `tokens`: how many to keep, or None for all that come; `needed`: bytes that the disk must have free, or `UserError`
-    before anything is harvested.
+    before anything is harvested; `order`: names what the order of the tokens depends on beside the key. Any will do,
+    but a harvest goes on in its own alone.
     """
     folder = cache_root() / sha256_json({"format": shards.FORMAT, **key})[:32]
     if (store := _find(folder, key, lambda _: None)) is not None:  # what is damaged is told below, once
@@ -107,8 +114,9 @@ def open_or_harvest(
         return store
     with locked(lock_of(folder), wait=True):
         if (store := _find(folder, key, say)) is None:  # else another process has made it meanwhile
-            _harvest(folder, key, produce, tokens, needed)
-            store = ActivationStore(folder, made=True)
+            made = _harvest(folder, key, produce, tokens, needed, order)
+            store = ActivationStore(folder, hashed=False)  # of what was written hashes were taken
+            store.made = made
     return store
 
 
@@ -147,39 +155,36 @@ def lock_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name.lstrip('.').partition('.')[0]}.lock")
 
 
-def unfinished(folder: Path) -> Path:
-    """Where the store that is to be in `folder` is made."""
-    return folder.with_name(f".{folder.name}{UNFINISHED}")
-
-
 def _harvest(
-    folder: Path, key: dict[str, Any], produce: Callable[[int], Iterable[Chunk]], tokens: int | None, needed: int
-) -> None:
-    """Make the store beside its place, from where a harvest before it was stopped, and put it there once it is whole.
-    What fails leaves nothing; what is stopped, or killed, leaves the shards that are whole."""
-    beside = unfinished(folder)
+    folder: Path,
+    key: dict[str, Any],
+    produce: Callable[[int], Iterable[Chunk]],
+    tokens: int | None,
+    needed: int,
+    order: str,
+) -> bool:
+    """Make the store beside its place, from where a harvest before it ended, and put it there once it is whole. What is
+    stopped, is killed or fails leaves the shards that are whole. Did it begin with nothing?"""
+    beside = folder.with_name(f".{folder.name}.{order}{UNFINISHED}")
     written = _whole_shards(beside, key)
+    names = {MANIFEST, *(shard["file"] for shard in written)} if written else set()
+    others = [other for other in folder.parent.glob(f".{folder.name}.*{UNFINISHED}") if other != beside]
+    for left in [*others, *(file for file in beside.glob("*") if file.name not in names)]:
+        remove(left)
     done = sum(shard["tokens"] for shard in written)
-    if written:
+    if done:
         say(f"the harvest of before goes on after {done:,} tokens")
-        for file in beside.iterdir():  # of a shard or manifest whose writing was killed
-            if file.name not in {MANIFEST, *(shard["file"] for shard in written)}:
-                remove(file)
-    else:
-        remove(beside)
-    _check_room(folder.parent, needed - (needed * done // tokens if tokens else 0))
+    _check_room(folder.parent, needed - sum((beside / shard["file"]).stat().st_size for shard in written))
     try:
         beside.mkdir(parents=True, exist_ok=True)
         _write(beside, key, produce(done), tokens, written)
         put_in_place(beside, folder)
-    except Exception as error:
-        remove(beside)
-        if isinstance(error, OSError):
-            raise cannot_write(folder, error) from error
-        raise
+    except OSError as error:
+        raise cannot_write(folder, error) from error
     finally:
         if not (beside / MANIFEST).exists():
             remove(beside)
+    return done == 0
 
 
 def _whole_shards(beside: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
@@ -213,10 +218,11 @@ def _write(
     if writing is not None:
         writing.result()
     total = sum(shard["tokens"] for shard in written)
+    if tokens is not None and 0 < total < tokens:
+        remove(folder / MANIFEST)  # there will never be more of it
+        raise too_short(total, tokens)
     if total == 0:
         raise UserError("the text has no content token: it is empty, or holds special tokens only; give other text")
-    if tokens is not None and total < tokens:
-        raise too_short(total, tokens)
 
 
 def _filled(chunks: Iterable[Chunk], tokens: int | None) -> Iterator[Chunk]:

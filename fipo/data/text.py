@@ -134,9 +134,9 @@ def _records(load: Callable[[], Any], text: Text, pauses: tuple[float, ...]) -> 
     while True:
         try:
             stream = iter(load().skip(read - 1) if read else load())
-            same = read == 0 or next(stream, None) == last
+            same = read == 0 or (next(stream, None) or {}).get(text.field) == last
             while same and (record := next(stream, None)) is not None:
-                read, last, waits = read + 1, record, list(pauses)
+                read, last, waits = read + 1, record.get(text.field), list(pauses)
                 yield record
             break
         except Exception as error:  # datasets raises many kinds for a damaged file or a stream that breaks off
