@@ -54,6 +54,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        for file in temporary.iterdir():
+            flush(file)
         put_in_place(temporary, path)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -62,9 +64,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def put_in_place(folder: Path, path: Path) -> None:
-    """Have a folder and its files on the disk, then under this name, in the place of what was there."""
-    for file in folder.iterdir():
-        flush(file)
+    """Have a folder, whose files are on the disk, there under this name, in the place of what was there."""
     flush(folder)
     remove(path)
     os.replace(folder, path)
