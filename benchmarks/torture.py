@@ -390,7 +390,7 @@ def what_is(name: str) -> str:
         return "store/"
     if path.suffix == ".tmp":  # .NAME.PROCESS.tmp
         inner = re.sub("^[0-9a-f]{32}", "pooled", path.name[1:].rsplit(".", 2)[0])
-        return inner if "." in inner else ("checkpoint/" if inner.startswith("step_") else "store/")
+        return inner if "." in inner else "checkpoint/"
     return path.name if path.suffix else "folder/"
 
 

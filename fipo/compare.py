@@ -38,11 +38,8 @@ def report(folders: Sequence[Path]) -> str:
     results = read_all(folders)
     named = [result.run for result in results], [result.setting for result in results]
     results, against, ks = renamed(results, with_sparsity(*named)), bases(*named), shown_ks(results)
-    seeds: dict[str, set[int | None]] = {}
-    for result in results:
-        seeds.setdefault(result.run, set()).add(result.seed)
-    names = "; ".join(f"{run}: {seeds_told(of)}" for run, of in sorted(seeds.items()))
-    notes = f"Mean ± standard deviation over seeds ({names}). Made by `fipo compare` from result files of:\n"
+    told = seeds_told((one.run, one.seed) for one in sorted(results, key=lambda one: one.run))
+    notes = f"Mean ± standard deviation over seeds ({told}). Made by `fipo compare` from result files of:\n"
     origins = "\n".join(f"- {origin}" for origin in sorted({result.origin for result in results}))
     return (
         "\n".join([table(results, ks), *differences(results, ks, against), *times(results, against), notes, origins])

@@ -217,7 +217,7 @@ def _feature_maps(
     keep: bool,
 ) -> tuple[dict[tuple[str, object], FeatureMap], dict[str, Control]]:
     """Channels of every layer asked for, latents of every SAE and random controls; and which control is whose."""
-    dtype = torch.bfloat16 if probing.pooling == "bfloat16" else torch.float32
+    dtype = getattr(torch, probing.pooling)
     sample = functools.cache(lambda: _sample(data, stores, lm))
     sampled = [probe_key(one, lm) for one in data] + [probing.cached]
     maps: dict[tuple[str, object], FeatureMap] = {}

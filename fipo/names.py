@@ -120,14 +120,21 @@ def bases(runs: Sequence[str], settings: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def seeds_told(seeds: Iterable[int | None]) -> str:
-    """Seeds in their order, once each; `-` for an SAE that does not tell its own."""
-    return ", ".join("-" if seed is None else str(seed) for seed in sorted(set(seeds), key=lambda seed: seed or 0))
+def seeds_told(which: Iterable[tuple[str, int | None]]) -> str:
+    """Of every run, as they come, its seeds in their order, once each; `-` for an SAE that does not tell its own."""
+    seeds: dict[str, set[int | None]] = {}
+    for run, seed in which:
+        seeds.setdefault(run, set()).add(seed)
+    told = {
+        run: ("-" if one is None else str(one) for one in sorted(of, key=lambda one: one or 0))
+        for run, of in seeds.items()
+    }
+    return "; ".join(f"{run}: {', '.join(of)}" for run, of in told.items())
 
 
 def one_of(run: str, seed: int | None, layer: int) -> str:
     """An SAE, in an error."""
-    return ", ".join([run, *([] if seed is None else [f"seed {seed}"]), f"layer {layer}"])
+    return f"{run}{'' if seed is None else f', seed {seed}'}, layer {layer}"
 
 
 def sparsity_of(config: Mapping[str, str]) -> str:

@@ -52,8 +52,7 @@ def suite_report(folders: Sequence[Path]) -> str:
     named = [one.run for one in results], [one.setting for one in results]
     results, against = renamed(results, with_sparsity(*named)), bases(*named)
     _refuse_what_differs(results)
-    runs = dict.fromkeys(one.run for one in results)
-    told = "; ".join(f"{run}: {seeds_told(one.seed for one in results if one.run == run)}" for run in runs)
+    told = seeds_told((one.run, one.seed) for one in results)
     notes = f"Mean ± standard deviation over seeds ({told}); differences ± standard error over the datasets."
     origins = "\n".join(f"- {origin}" for origin in sorted({one.origin for one in results}))
     made = "Made by `fipo compare` from result files of:\n"

@@ -3,12 +3,10 @@
 Everything here goes under keys of its own; SAEBench's keys keep their meaning (fipo.saebench).
 """
 
-import hashlib
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fipo.config import Probing
@@ -75,15 +73,10 @@ def outcomes(results: Sequence[DatasetScores], data: Sequence[LabelledText]) -> 
     tensors = {}
     for one, drawn in zip(results, data, strict=True):
         tensors[f"{one.name}/rows_TM"] = one.rows_TM.int()
-        tensors[f"{one.name}/texts_N"] = torch.tensor([_number_of(text) for text in drawn.texts])
+        tensors[f"{one.name}/texts_N"] = drawn.identities_N
         for who, scores in one.scores.items():
             tensors |= {f"{one.name}/{who}_top_{k}/right_TM": right_TM for k, right_TM in scores.first.right.items()}
     return tensors
-
-
-def _number_of(text: str) -> int:
-    """63 bits of the SHA-256 of a text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _controls(results: Sequence[DatasetScores]) -> dict[str, Any]:

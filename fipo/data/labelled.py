@@ -5,12 +5,14 @@ A name is one of SAEBench's eight (fipo.data.saebench_text; NAME@REVISION pins i
 `dataset.json` with `label_names`).
 """
 
+import functools
 import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fipo.config import Probing
 from fipo.data import sae_probes, saebench_text
@@ -40,6 +42,11 @@ class LabelledText:
     def fingerprint(self) -> str:
         """Names the selected texts and their labels."""
         return sha256_json([self.name, self.train, self.test])
+
+    @functools.cached_property
+    def identities_N(self) -> Tensor:
+        """By what each of `texts` is known again in another selection: 60 bits of its SHA-256."""
+        return torch.tensor([int(sha256_json(text)[:15], 16) for text in self.texts])
 
 
 def load_all(probing: Probing, seed: int) -> list[LabelledText]:

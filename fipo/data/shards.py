@@ -31,8 +31,12 @@ def write_shard(folder: Path, number: int, shard: Chunk) -> dict[str, Any]:
 
 def write_manifest(folder: Path, key: dict[str, Any], shards: list[dict[str, Any]]) -> None:
     """The manifest of these shards, in the place of the one before."""
-    tokens = sum(shard["tokens"] for shard in shards)
-    write_json(folder / MANIFEST, {"format": FORMAT, "key": key, "tokens": tokens, "shards": shards})
+    write_json(folder / MANIFEST, {"format": FORMAT, "key": key, "tokens": tokens_of(shards), "shards": shards})
+
+
+def tokens_of(shards: list[dict[str, Any]]) -> int:
+    """Tokens in all of these, by what the manifest says of them."""
+    return sum(shard["tokens"] for shard in shards)
 
 
 def checked_manifest(folder: Path) -> dict[str, Any]:

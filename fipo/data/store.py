@@ -42,12 +42,10 @@ def cache_root() -> Path:
 class ActivationStore:
     """Activations [N, L, D], with the number of each token's text and its id."""
 
-    made = False
-    """By this process, just now, from the first token on?"""
-
-    def __init__(self, folder: Path, *, hashed: bool = True) -> None:
-        """Open and check; a missing or damaged store is a `UserError`. Not `hashed`: by its looks alone."""
-        self.folder = folder
+    def __init__(self, folder: Path, *, hashed: bool = True, made: bool = False) -> None:
+        """Open and check; a missing or damaged store is a `UserError`. Not `hashed`: by its looks alone. `made`: by
+        this process, just now, from the first token on."""
+        self.folder, self.made = folder, made
         self.manifest = shards.checked_manifest(folder)
         self.tokens: int = self.manifest["tokens"]
         self._files = [folder / shard["file"] for shard in self.manifest["shards"]]
@@ -115,8 +113,7 @@ def open_or_harvest(
     with locked(lock_of(folder), wait=True):
         if (store := _find(folder, key, say)) is None:  # else another process has made it meanwhile
             made = _harvest(folder, key, produce, tokens, needed, order)
-            store = ActivationStore(folder, hashed=False)  # of what was written hashes were taken
-            store.made = made
+            store = ActivationStore(folder, hashed=False, made=made)  # hashes were taken of what was written
     return store
 
 
@@ -171,7 +168,7 @@ def _harvest(
     others = [other for other in folder.parent.glob(f".{folder.name}.*{UNFINISHED}") if other != beside]
     for left in [*others, *(file for file in beside.glob("*") if file.name not in names)]:
         remove(left)
-    done = sum(shard["tokens"] for shard in written)
+    done = shards.tokens_of(written)
     if done:
         say(f"the harvest of before goes on after {done:,} tokens")
     _check_room(folder.parent, needed - sum((beside / shard["file"]).stat().st_size for shard in written))
@@ -208,7 +205,7 @@ def _write(
         written.append(shards.write_shard(folder, len(written), shard))
         shards.write_manifest(folder, key, written)
 
-    done = sum(shard["tokens"] for shard in written)
+    done = shards.tokens_of(written)
     writing: Future[None] | None = None
     with ThreadPoolExecutor(max_workers=1) as writer:
         for shard in _filled(chunks, None if tokens is None else tokens - done):
@@ -217,7 +214,7 @@ def _write(
             writing = writer.submit(write, shard)
     if writing is not None:
         writing.result()
-    total = sum(shard["tokens"] for shard in written)
+    total = shards.tokens_of(written)
     if tokens is not None and 0 < total < tokens:
         remove(folder / MANIFEST)  # there will never be more of it
         raise too_short(total, tokens)
