@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fipo.checkpoint import load_tensors
@@ -151,7 +152,7 @@ def _timed(runtime: dict[str, Any], phase: str) -> bool:
 def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int) -> dict[str, Interval]:
     """`all` and every dataset -> difference of accuracies over the seeds that both runs have, of answers to the same
     texts. Seeds that answered the same texts are drawn together: a text is no surer for being asked of more of them."""
-    found: dict[str, list[Answers]] = {}
+    asked: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
     taken: set[tuple[Any, ...]] = set()
     of_run = {run: [r for r in results if (r.run, r.layer) == (run, layer)] for run in (base, other)}
     for result, partner in itertools.product(of_run[other], of_run[base]):
@@ -170,10 +171,12 @@ def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int
                 _check_answers(result.outcomes, ours, name, key)
                 _check_answers(partner.outcomes, theirs, name, key)
                 values_TM = ours[key].double() - theirs[key].double()
-                found.setdefault(name, []).append(Answers(values_TM, _texts(ours, name, result)))
-    if not found:
+                rows_TM, texts_N = ours[f"{name}/rows_TM"].long(), ours.get(f"{name}/texts_N")
+                texts_TM = None if texts_N is None else texts_N[rows_TM]
+                asked.setdefault(name, []).append((values_TM, _own_numbers(rows_TM, name, result), texts_TM))
+    if not asked:
         return {}
-    found = {name: joined(answers) for name, answers in found.items()}
+    found = {name: joined(_answers(differences)) for name, differences in asked.items()}
     intervals = {
         name: bootstrap(answers, generator_for(0, "bootstrap", name, layer, k))[1] for name, answers in found.items()
     }
@@ -181,19 +184,31 @@ def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int
     return {"all": bootstrap(everything, generator_for(0, "bootstrap", layer, k))[1], **intervals}
 
 
-def _texts(tensors: dict[str, Tensor], name: str, result: Result) -> Tensor:
-    """What names the text behind every row among those of all seeds, [T, M]; results of before tell only whether all of
-    a seed's texts are those of another."""
-    rows_TM, known_N = tensors[f"{name}/rows_TM"].long(), tensors.get(f"{name}/texts_N")
-    if known_N is not None and known_N.dim() == 1 and rows_TM.min() >= 0 and rows_TM.max() < len(known_N):
-        return known_N[rows_TM]
+def _answers(differences: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[Answers]:
+    """Of every training differences [T, M], with what names the text behind each row: its identity, where all tell it,
+    else `_own_numbers`."""
+    told = all(texts_TM is not None for _, _, texts_TM in differences)
+    return [
+        Answers(values_TM, texts_TM if told and texts_TM is not None else numbers_TM)
+        for values_TM, numbers_TM, texts_TM in differences
+    ]
+
+
+def _own_numbers(rows_TM: Tensor, name: str, result: Result) -> Tensor:
+    """What names the text behind every row where results of before do not: the same for two seeds where all of their
+    texts are the same."""
     drawn = int(sha256_json([result.texts.get(name), rows_TM.tolist()])[:7], 16)
     return rows_TM + (drawn << 32)
 
 
 def _check_answers(file: Path, tensors: dict[str, Tensor], name: str, key: str) -> None:
-    if tensors[key].shape != tensors[f"{name}/rows_TM"].shape:
-        raise UserError(f"{file} is damaged: {key} has {tuple(tensors[key].shape)} answers; make it again")
+    right_TM, rows_TM, texts_N = tensors[key], tensors[f"{name}/rows_TM"], tensors.get(f"{name}/texts_N")
+    if right_TM.shape != rows_TM.shape or right_TM.dtype != torch.bool:
+        raise UserError(f"{file} is damaged: {key} has {tuple(right_TM.shape)} answers; make it again")
+    whole = all(one is None or one.dtype in (torch.int32, torch.int64) for one in (rows_TM, texts_N))
+    numbers = whole and rows_TM.dim() == 2 and rows_TM.numel() > 0 and int(rows_TM.min()) >= 0
+    if not numbers or (texts_N is not None and (texts_N.dim() != 1 or int(rows_TM.max()) >= len(texts_N))):
+        raise UserError(f"{file} is damaged: {name}/rows_TM are no numbers of its texts; make it again")
 
 
 def _by_training(results: Sequence[Result], base: str, other: str, k: int) -> list[float]:

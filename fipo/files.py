@@ -21,7 +21,7 @@ from fipo.errors import UserError
 
 TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 """Names of temporary files: `.NAME.PROCESS.tmp`."""
-SAFETENSORS_TEMPORARY = re.compile(r"\.tmp\w{6}")
+SAFETENSORS_TEMPORARY = re.compile(r"\.tmp[0-9A-Za-z]{6}")
 """Names of those that safetensors writes, before it gives a file of ours its temporary name."""
 LARGEST_JSON = 64 * 2**20
 """Bytes; a larger JSON file is none of ours."""
@@ -85,7 +85,8 @@ def remove_temporaries(folder: Path, *, of_the_dead: bool = False) -> None:
     (`of_the_dead`): only what belongs to a process that is no more here, and that none has touched for an hour, since
     on another machine or in another container its number may be that of a writer."""
     for path in sorted(folder.rglob(".*")):
-        ours, theirs = TEMPORARY.fullmatch(path.name), SAFETENSORS_TEMPORARY.fullmatch(path.name)
+        ours = TEMPORARY.fullmatch(path.name)
+        theirs = SAFETENSORS_TEMPORARY.fullmatch(path.name) and path.is_file()
         alive = of_the_dead and ((ours and _lives(int(ours[1]))) or _is_recent(path))
         if (ours or theirs) and not alive:
             remove(path)

@@ -23,6 +23,14 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+_entered: list["StopSignals"] = []
+
+
+def stopping() -> bool:
+    """Is a signal on its way out? An exception that is caught now may be what compiled code has made of it."""
+    return any(stop._raised for stop in _entered)
+
+
 class StopSignals:
     """Handlers for the length of a `with` block; those before it are put back."""
 
@@ -32,6 +40,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
+        _entered.append(self)
         if threading.current_thread() is threading.main_thread():  # no other thread ever gets a signal
             self._before = {number: signal.signal(number, self._handle) for number in CAUGHT}
         return self
@@ -39,6 +48,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        _entered.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self.received is not None and self._raised and isinstance(error, Exception):

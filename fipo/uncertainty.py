@@ -74,11 +74,11 @@ def joined(answers: Sequence[Answers]) -> list[Answers]:
     """Those that share texts as one, of more tasks and as much more weight."""
     same: list[list[Answers]] = []
     for one in answers:
-        group = next((of for of in same if any(_share_texts(one, other) for other in of)), None)
-        if group is None:
-            same.append([one])
-        else:
-            group.append(one)
+        sharing = [any(_share_texts(one, other) for other in of) for of in same]
+        first = (*sharing, True).index(True)
+        merged = [other for of, share in zip(same, sharing, strict=True) if share for other in of]
+        same = [of for of, share in zip(same, sharing, strict=True) if not share]
+        same.insert(first, [*merged, one])
     return [
         Answers(torch.cat([of.values_TM for of in group]), torch.cat([of.rows_TM for of in group]), len(group))
         for group in same

@@ -135,6 +135,40 @@ def test_more_seeds_on_the_same_texts_do_not_narrow_what_texts_leave_open(tmp_pa
     assert interval(folders(3, "own", True)) == pytest.approx((mean, width / 3**0.5), abs=0.012)
 
 
+def test_a_result_of_before_that_names_no_texts_has_none_be_named(tmp_path):
+    """Two seeds on the same texts in the same order, one of which tells them: they are drawn together all the same."""
+    generator = torch.Generator().manual_seed(0)
+    right = {run: torch.rand(2, 200, generator=generator) < share for run, share in (("run_8", 0.6), ("run_6", 0.7))}
+    identities_N = torch.randperm(10**6, generator=generator)[:200] + 10**9
+
+    def folders(name, told):
+        for run, right_TM in right.items():
+            for seed, tells in enumerate(told):
+                folder = finished(tmp_path / f"{name}{run}{seed}", run, seed, 0.3)
+                yield answered(folder, right_TM, texts_N=identities_N if tells else None)
+
+    whole = interval(list(folders("all", (True, True))))
+    assert interval(list(folders("some", (True, False)))) == pytest.approx(whole, abs=0.012)
+
+
+@pytest.mark.parametrize(
+    "rows_TM",
+    [
+        torch.zeros(2, 0).long(),
+        torch.zeros(5).long(),
+        torch.zeros(1, 1, 5).long(),
+        torch.zeros(2, 5),
+        -torch.ones(2, 5).long(),
+    ],
+)
+def test_rows_that_are_no_numbers_of_texts_are_one_line(rows_TM, tmp_path):
+    folders = [finished(tmp_path / run, run, 0, 0.3) for run in ("run_8", "run_6")]
+    for folder in folders:
+        answered(folder, torch.ones(rows_TM.shape, dtype=torch.bool), rows_TM)
+    with pytest.raises(UserError, match="rows_TM are no numbers of its texts"):
+        report(folders)
+
+
 def test_seeds_that_asked_the_same_texts_in_another_order_are_no_surer(tmp_path):
     """What tells it are the texts themselves, which results hold; their numbers are of each seed's own order."""
     generator = torch.Generator().manual_seed(0)

@@ -140,7 +140,19 @@ def test_json_beyond_all_measure_is_not_read(tmp_path):
 
 def test_temporaries_are_removed_and_nothing_else(tmp_path):
     left = [".a.json.17.tmp", "below/.b.3.tmp", ".folder.4.tmp/inside", "below/.tmpIpHMnT"]
-    own = ["a.json", ".note.tmp", "b.3.tmp", ".c.tmp.3", "below/c", ".tmp-mine", "tmpIpHMnT"]
+    own = [
+        "a.json",
+        ".note.tmp",
+        "b.3.tmp",
+        ".c.tmp.3",
+        "below/c",
+        ".tmp-mine",
+        "tmpIpHMnT",
+        ".tmpbackup/mine",
+        ".tmpBackUp/mine",
+        ".tmpNotes/mine",
+        ".tmpa_b_c",
+    ]
     for name in left + own:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")

@@ -89,7 +89,7 @@ def test_a_stream_is_named_by_the_order_of_its_tokens(load_lm, text_folder, monk
 def test_held_out_text_is_as_long_as_the_text_trained_on(load_lm, tmp_path):
     """Of rows sorted by length the first would be the shortest."""
     lm = load_lm("bert")
-    lines = [" ".join(["moon", "star", "tree"] * (1 + number % 4)) for number in range(400)]
+    lines = [" ".join(["moon", "star", "orbit"] * (1 + number % 4)) for number in range(400)]
     tiny.write_parquet(tmp_path / "train.parquet", {"text": lines})
     held_out, source = training_activations(text(tmp_path, held_out_tokens=300, tokens=1200), lm)
     lengths = [store.texts().unique_consecutive(return_counts=True)[1] for store in (held_out, source.store)]

@@ -5,7 +5,9 @@ import signal
 
 import pytest
 
-from fipo.signals import Interrupted, StopSignals
+from fipo.config import Text
+from fipo.data import text
+from fipo.signals import Interrupted, StopSignals, stopping
 
 BOTH = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
@@ -63,6 +65,29 @@ def test_what_compiled_code_makes_of_an_interruption_is_one(error):
     assert caught.value.exit_code == 143
     with pytest.raises(type(error)), StopSignals():
         raise error
+
+
+def test_whoever_catches_what_compiled_code_makes_of_a_signal_can_ask(monkeypatch):
+    """A stream of text that breaks off is taken up again, and not when it was a signal that broke it off."""
+    opened = []
+
+    class Stream:
+        def skip(self, _count):
+            return self
+
+        def __iter__(self):
+            opened.append(stopping())
+            yield {"text": "first"}
+            try:
+                send(signal.SIGTERM)
+            except KeyboardInterrupt:
+                raise ValueError("no shape") from None
+
+    monkeypatch.setattr(text, "load_hub", lambda *_: Stream())
+    source = text.open_text(Text(source="a/b", revision="c", tokens=10, held_out_tokens=2, packed=False))
+    with pytest.raises(Interrupted), StopSignals():
+        list(source.texts())
+    assert opened == [False] and not stopping()
 
 
 def test_a_second_ctrl_c_does_not_wait_and_a_second_sigterm_does():

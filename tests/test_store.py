@@ -1,6 +1,7 @@
 """fipo.data.store: what was harvested is read back, found again under its key alone, whole or not at all."""
 
 import errno
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from toys import after, seeded
 
 from fipo.data import shards, store
+from fipo.data.buffer import StoredSource
 from fipo.data.harvest import Chunk
 from fipo.data.store import cache_root, open_or_harvest
 from fipo.errors import UserError
@@ -273,6 +275,31 @@ def test_a_harvest_does_not_go_on_in_another_order(own_cache):
     skipped = []
     made = open_or_harvest({"key": 1}, lambda skip: skipped.append(skip) or given()(skip), None, order="16384")
     assert skipped == [0] and [path.name for path in own_cache.iterdir()] == [made.folder.name]
+
+
+def test_a_store_names_the_order_of_its_tokens_to_what_is_trained_on_it():
+    made = open_or_harvest({"key": 1}, given(), None, order="2048")
+    assert open_or_harvest({"key": 1}, never, None, order="16384").order == made.order == "2048"
+    assert StoredSource(made).key == f"{made.folder.name}, 2048"
+    manifest = read_json(made.folder / "manifest.json")
+    del manifest["order"]
+    write_json(made.folder / "manifest.json", manifest)
+    of_before = open_or_harvest({"key": 1}, never, None, order="2048")
+    assert of_before.order == "" and StoredSource(of_before).key == made.folder.name, "as checkpoints of before have it"
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_what_lies_in_the_place_of_an_unfinished_store_is_not_followed(own_cache, tmp_path, kind):
+    with pytest.raises(KeyboardInterrupt):
+        open_or_harvest({"key": 1}, stopped(KeyboardInterrupt, 37), None)
+    (left,) = own_cache.iterdir()
+    shutil.rmtree(left)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    left.symlink_to(tmp_path / "mine") if kind == "link" else left.write_text("x")
+    made = open_or_harvest({"key": 1}, given(), None)
+    assert not made.folder.is_symlink() and torch.equal(made.read(0, 37), whole())
+    assert (tmp_path / "mine" / "file").read_text() == "x" and contents(own_cache)[0].name == made.folder.name
 
 
 def test_room_is_asked_for_what_is_not_there_yet(monkeypatch):

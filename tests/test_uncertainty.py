@@ -1,5 +1,6 @@
 """fipo.uncertainty against simulation and closed forms: errors of means over tasks that share texts."""
 
+import itertools
 import math
 
 import pytest
@@ -84,3 +85,6 @@ def test_answers_that_share_texts_are_joined_in_whatever_order_they_were_asked()
         found[0].rows_TM, torch.cat([rows_TM, alike.rows_TM])
     )
     assert len(joined([Answers(values_TM, rows_TM), Answers(torch.ones(2, 3), rows_TM[:, :3])])) == 2
+    between = Answers(values_TM, torch.tensor([[10, 11, 90, 91], [92, 93, 14, 15]]))
+    for order in itertools.permutations([Answers(values_TM, rows_TM), other, between]):
+        assert [one.weight for one in joined(order)] == [3], "two that share none share some with the third"

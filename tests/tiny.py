@@ -40,10 +40,14 @@ def save_tokenizer(folder: Path, architecture: str) -> int:
     text = sentences(300, seed=100)
     if architecture == "bert":
         named = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
-        tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        words = sorted({word for sentence in text for word in sentence.split() if word.isalpha()})
+        letters = sorted(set("".join(text)) - {" "})
+        pieces = [*named.values(), *letters, *(f"##{letter}" for letter in letters), *words]
+        vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+        # Not trained: the trainer's choice hangs on the process's hash seed, and all that is probed with it.
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
         tokenizer.normalizer = normalizers.Lowercase()
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=list(named.values()), show_progress=False)
         template, special = "[CLS] $A [SEP]", ("[CLS]", "[SEP]")
     else:
         # As the real ones do: GPT-NeoX has one token for begin and end and adds neither; the others add a begin token.
@@ -59,8 +63,8 @@ def save_tokenizer(folder: Path, architecture: str) -> int:
         trainer = trainers.BpeTrainer(
             vocab_size=400, special_tokens=tokens, initial_alphabet=alphabet, show_progress=False
         )
+        tokenizer.train_from_iterator(text, trainer)
         template, special = ("", ()) if plain else ("<bos> $A", ("<bos>",))
-    tokenizer.train_from_iterator(text, trainer)
     if template:
         pairs = [(token, tokenizer.token_to_id(token)) for token in special]
         tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)

@@ -43,7 +43,7 @@ class StoredSource:
     """A store, read over and over."""
 
     def __init__(self, store: ActivationStore) -> None:
-        self.store, self.key = store, store.folder.name
+        self.store, self.key = store, ", ".join(filter(None, (store.folder.name, store.order)))
         self.position = 0
 
     def take(self, count: int) -> Tensor:

@@ -29,9 +29,10 @@ def write_shard(folder: Path, number: int, shard: Chunk) -> dict[str, Any]:
     return {"file": file.name, "tokens": len(shard.text_N), "sha256": sha256_file(file)}
 
 
-def write_manifest(folder: Path, key: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+def write_manifest(folder: Path, key: dict[str, Any], order: str, shards: list[dict[str, Any]]) -> None:
     """The manifest of these shards, in the place of the one before."""
-    write_json(folder / MANIFEST, {"format": FORMAT, "key": key, "tokens": tokens_of(shards), "shards": shards})
+    about = {"format": FORMAT, "key": key, "order": order, "tokens": tokens_of(shards)}
+    write_json(folder / MANIFEST, {**about, "shards": shards})
 
 
 def tokens_of(shards: list[dict[str, Any]]) -> int:
@@ -43,10 +44,16 @@ def checked_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a store; one that does not say what ours say, and no more, is a `UserError`."""
     manifest = read_json(folder / MANIFEST)
     file = folder / MANIFEST
-    if not isinstance(manifest, dict) or manifest.keys() != {"format", "key", "tokens", "shards"}:
+    if not isinstance(manifest, dict) or {*manifest, "order"} != {"format", "key", "order", "tokens", "shards"}:
         raise UserError(f"{file} is no manifest of stored activations")
     shards, tokens = manifest["shards"], manifest["tokens"]
-    plain = isinstance(shards, list) and type(tokens) is int and 0 < tokens <= len(shards) * SHARD_TOKENS
+    manifest.setdefault("order", "")  # of before it was told
+    plain = (
+        isinstance(manifest["order"], str)
+        and isinstance(shards, list)
+        and type(tokens) is int
+        and 0 < tokens <= len(shards) * SHARD_TOKENS
+    )
     if manifest["format"] != FORMAT or not plain or len(shards) != -(-tokens // SHARD_TOKENS):
         raise UserError(f"{file} is damaged: format, tokens and shards do not fit together")
     for number, shard in enumerate(shards):

@@ -48,6 +48,7 @@ class ActivationStore:
         self.folder, self.made = folder, made
         self.manifest = shards.checked_manifest(folder)
         self.tokens: int = self.manifest["tokens"]
+        self.order: str = self.manifest["order"]
         self._files = [folder / shard["file"] for shard in self.manifest["shards"]]
         if len({shards.checked_shard(folder, shard, hashed=hashed) for shard in self.manifest["shards"]}) > 1:
             raise UserError(f"{folder} is damaged: its shards differ in layers, width or dtype")
@@ -163,6 +164,8 @@ def _harvest(
     """Make the store beside its place, from where a harvest before it ended, and put it there once it is whole. What is
     stopped, is killed or fails leaves the shards that are whole. Did it begin with nothing?"""
     beside = folder.with_name(f".{folder.name}.{order}{UNFINISHED}")
+    if beside.is_symlink() or beside.is_file():
+        remove(beside)
     written = _whole_shards(beside, key)
     names = {MANIFEST, *(shard["file"] for shard in written)} if written else set()
     others = [other for other in folder.parent.glob(f".{folder.name}.*{UNFINISHED}") if other != beside]
@@ -174,7 +177,7 @@ def _harvest(
     _check_room(folder.parent, needed - sum((beside / shard["file"]).stat().st_size for shard in written))
     try:
         beside.mkdir(parents=True, exist_ok=True)
-        _write(beside, key, produce(done), tokens, written)
+        _write(beside, key, order, produce(done), tokens, written)
         put_in_place(beside, folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -196,14 +199,19 @@ def _whole_shards(beside: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _write(
-    folder: Path, key: dict[str, Any], chunks: Iterable[Chunk], tokens: int | None, written: list[dict[str, Any]]
+    folder: Path,
+    key: dict[str, Any],
+    order: str,
+    chunks: Iterable[Chunk],
+    tokens: int | None,
+    written: list[dict[str, Any]],
 ) -> None:
     """Write what follows the shards that are `written`: each beside the harvest of the next one, at most one at a
     time."""
 
     def write(shard: Chunk) -> None:
         written.append(shards.write_shard(folder, len(written), shard))
-        shards.write_manifest(folder, key, written)
+        shards.write_manifest(folder, key, order, written)
 
     done = shards.tokens_of(written)
     writing: Future[None] | None = None

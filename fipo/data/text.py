@@ -18,6 +18,7 @@ from fipo.data import sae_probes
 from fipo.errors import UserError
 from fipo.files import sha256_file, sha256_json
 from fipo.progress import say
+from fipo.signals import stopping
 
 PAUSES = (1, 2, 4, 8, 15)
 """Seconds before each new attempt to go on with a stream of the hub that broke off."""
@@ -140,6 +141,8 @@ def _records(load: Callable[[], Any], text: Text, pauses: tuple[float, ...]) -> 
                 yield record
             break
         except Exception as error:  # datasets raises many kinds for a damaged file or a stream that breaks off
+            if stopping():
+                raise
             if read and waits:
                 say(f"text source {text.source} broke off after record {read}; trying again in {waits[0]} s")
                 time.sleep(waits.pop(0))
