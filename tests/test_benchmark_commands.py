@@ -6,7 +6,17 @@ import sys
 
 import pytest
 
-from benchmarks import common, ground_truth, lsh, omega, reservoir, sparse_probing, torture_saelens, train_step
+from benchmarks import (
+    absorption,
+    common,
+    ground_truth,
+    lsh,
+    omega,
+    reservoir,
+    sparse_probing,
+    torture_saelens,
+    train_step,
+)
 from fipo import cli, provenance
 from fipo.config import LSH
 from fipo.errors import UserError
@@ -17,6 +27,8 @@ SMALL = ["--features", "64", "--steps", "2", "--k", "3", "--tokens", "500", "--m
 @pytest.mark.parametrize(
     ("module", "arguments", "said"),
     [
+        (absorption, ["run_6", "--tokens", "0"], "--tokens is 0"),
+        (absorption, ["run_6", "--json", "."], "--json . is a folder"),
         (reservoir, ["--batch", "0"], "--batch is 0"),
         (reservoir, ["--json", "/proc/none/x.json"], "cannot write to /proc/none"),
         (omega, ["--seeds", "0"], "--seeds is 0"),

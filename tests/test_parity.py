@@ -121,3 +121,8 @@ def test_codes_apart_are_forgiven_at_the_threshold_alone():
     assert passes(0, 0, 0.0) and passes(1, 0, 0.25)
     assert not passes(1, 0, 0.35) and not passes(1, 1, 0.25) and not passes(0, 0, 0.25)
     assert not passes(1, 0, 0.25, who="llm")
+
+
+def test_what_is_absorbed(folder):
+    rows = list(check.check_absorption(folder, FIXTURE))
+    assert len(rows) == 2 and not failures(rows)

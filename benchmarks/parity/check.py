@@ -5,9 +5,9 @@
 
 1 data: the texts selected of the eight datasets. 2 mask and pooling. 3 probe sets. 4 chosen latents, in float32 and in
 bfloat16, and the accuracy on them with the same solver and with ours. 5 whole datasets on one stream of random numbers,
-with an empty cache, a full one, and `lower_vram_usage`. 6 the result file. 7 the suite of sae-probes. All but the last
-twice: on planted activations (whose numbers `--fixture` keeps for the test suite) and on a real language model's, of
-real text.
+with an empty cache, a full one, and `lower_vram_usage`. 6 the result file. 7 the suite of sae-probes. 8 absorption. All
+but the last two twice: on planted activations (whose numbers `--fixture` keeps for the test suite) and on a real
+language model's, of real text.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.parity import inputs, ours
+from fipo.absorption import absorbed
 from fipo.activations import threshold_of
 from fipo.config import Probing
 from fipo.data import sae_probes
@@ -74,6 +75,7 @@ def planted_job(folder: Path) -> dict[str, Any]:
     save_sae(folder / "sae", sae, model="none", layer=0, context=128, dataset="none", beside={})
     codes_NF, labels = inputs.planted_codes(700, 50, seed=5)
     save_file({"codes_NF": codes_NF}, folder / "suite.safetensors")
+    save_file(inputs.planted_absorption(600, 40, 24, seed=6), folder / "absorption.safetensors")
     suite = {"labels": labels, "ks": [1, 2, 5, 16]}
     return _write_job(folder, texts, ids_BL, acts_BLD, splits, train, test, suite=suite)
 
@@ -356,6 +358,17 @@ def check_suite_scores(folder: Path, job: dict[str, Any], theirs: dict[str, Any]
         yield f"7 sae-probes k = {k}", f"largest difference of four scores {worst:.1e}", worst < 1e-9 and latents
 
 
+def check_absorption(folder: Path, theirs: dict[str, Any]) -> Iterator[Row]:
+    """8: which tokens are absorbed in full, and which part of each."""
+    given, expected = load_file(folder / "absorption.safetensors"), theirs["absorption"]
+    found = absorbed(*(given[name] for name in ("acts_ND", "codes_NF", "dec_FD", "probe_D", "main_M")))
+    told = f"{sum(expected['full'])} of {len(expected['full'])} tokens"
+    yield "8 absorbed in full", told, found.full_N.tolist() == expected["full"]
+    worst = _most((found.fraction_N - torch.tensor(expected["fraction"])).abs().tolist())
+    partly = sum(0 < part < 1 for part in expected["fraction"])
+    yield "8 absorbed fraction", f"{partly} tokens in part; largest difference {worst:.1e}", worst < 1e-5
+
+
 def check_all(folder: Path, job: dict, theirs: dict, tensors: dict[str, Tensor]) -> Iterator[Row]:
     """All checks of one job."""
     yield from check_data(folder, job, theirs)
@@ -378,6 +391,7 @@ def check_all(folder: Path, job: dict, theirs: dict, tensors: dict[str, Tensor])
     if "suite" in job:
         yield from check_suite_datasets(theirs)
         yield from check_suite_scores(folder, job, theirs)
+        yield from check_absorption(folder, theirs)
 
 
 def write_fixture(file: Path, job: dict, theirs: dict, tensors: dict[str, Tensor]) -> None:

@@ -137,6 +137,26 @@ def planted_codes(texts: int, latents: int, seed: int) -> tuple[Tensor, list[int
     return codes_NF, labels_N.tolist()
 
 
+def planted_absorption(tokens: int, latents: int, width: int, seed: int) -> dict[str, Tensor]:
+    """Activations of tokens that have a concept, codes, decoder rows, a probe and two main latents, of which one is
+    active on a token in three and the other on one in five; several latents lean towards the probe."""
+    generator = torch.Generator().manual_seed(seed)
+    probe_D = torch.randint(-64, 65, (width,), generator=generator) / 64
+    dec_FD = torch.randint(-64, 65, (latents, width), generator=generator) / 128
+    lean_F = torch.randint(0, 5, (latents,), generator=generator) / 4 * (torch.arange(latents) % 4 == 0)
+    dec_FD = torch.nn.functional.normalize(dec_FD + lean_F[:, None] * probe_D, dim=1)
+    codes_NF = torch.randint(1, 65, (tokens, latents), generator=generator) / 32
+    active_NF = torch.randint(0, 8, (tokens, latents), generator=generator) == 0
+    main_M = torch.tensor([0, 4])
+    dec_FD[main_M] = torch.nn.functional.normalize(dec_FD[main_M] + 2 * probe_D, dim=1)
+    for main, out_of in zip(main_M.tolist(), (3, 5), strict=True):
+        active_NF[:, main] = torch.randint(0, out_of, (tokens,), generator=generator) == 0
+    codes_NF *= active_NF
+    noise_ND = torch.randint(-64, 65, (tokens, width), generator=generator) / 256
+    acts_ND = codes_NF @ dec_FD + noise_ND
+    return {"acts_ND": acts_ND, "codes_NF": codes_NF, "dec_FD": dec_FD, "probe_D": probe_D, "main_M": main_M}
+
+
 def planted_sae(width: int, latents: int, seed: int) -> SAE:
     """A ReLU SAE whose weights are drawn as integers; about a third of its latents are on at a token."""
     sae = SAE(width, latents, ReLU(), generator=torch.Generator())

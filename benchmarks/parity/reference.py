@@ -158,6 +158,40 @@ def sae_probes_suite(folder: Path, job: dict) -> dict:
     return {"datasets": datasets, "train": train.tolist(), "test": test.tolist(), "scores": scores}
 
 
+def absorption(folder: Path) -> dict:
+    """What SAEBench calls absorbed of given codes: its calculator, whose model and SAE give what is in the file."""
+    from sae_bench.evals.absorption.feature_absorption import (
+        ABSORPTION_FRACTION_MAX_ABSORBING_LATENTS,
+        ABSORPTION_FRACTION_PROBE_COS_THRESHOLD,
+        ABSORPTION_PROBE_PROJECTION_PROPORTION_THRESHOLD,
+        FULL_ABSORPTION_PROBE_COS_THRESHOLD,
+    )
+    from sae_bench.evals.absorption.feature_absorption_calculator import FeatureAbsorptionCalculator
+
+    given = load_file(folder / "absorption.safetensors")
+    model = SimpleNamespace(
+        run_with_cache=lambda _, names_filter: (None, {names_filter[0]: given["acts_ND"][:, None]}),
+        to_tokens=lambda _: [[0]],
+    )
+    sae = SimpleNamespace(encode=lambda _: given["codes_NF"], W_dec=given["dec_FD"], device="cpu")
+    words = ["word"] * len(given["acts_ND"])
+    calculator = FeatureAbsorptionCalculator(
+        model=model,
+        icl_word_list=[],
+        word_token_pos=-1,
+        batch_size=len(words),
+        full_absorption_probe_cos_sim_threshold=FULL_ABSORPTION_PROBE_COS_THRESHOLD,
+        absorption_fraction_probe_cos_sim_threshold=ABSORPTION_FRACTION_PROBE_COS_THRESHOLD,
+        probe_projection_proportion_threshold=ABSORPTION_PROBE_PROJECTION_PROPORTION_THRESHOLD,
+        absorption_fraction_max_absorbing_latents=ABSORPTION_FRACTION_MAX_ABSORBING_LATENTS,
+    )
+    found = calculator.calculate_absorption(sae, words, given["probe_D"], given["main_M"].tolist(), 0).word_results
+    return {
+        "full": [bool(one.is_full_absorption) for one in found],
+        "fraction": [float(one.absorption_fraction) for one in found],
+    }
+
+
 def schema(folder: Path) -> dict:
     """Whether our record validates, and the order of keys in one that SAEBench's classes build of the same values."""
     text = (folder / "record.json").read_text()
@@ -194,6 +228,7 @@ def run(folder: Path) -> None:
     result["schema"] = schema(folder)
     if "suite" in job:
         result["suite"] = sae_probes_suite(folder, job)
+        result["absorption"] = absorption(folder)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "reference.safetensors")
     (folder / "reference.json").write_text(json.dumps(result))
 

@@ -1,0 +1,314 @@
+"""How much of a word class is absorbed by latents of single words: SAEBench's `absorption`, on running text.
+
+    .venv/bin/python -m benchmarks.absorption --json OUT results/seed_*/run_6 results/seed_*/run_8 results/seed_*/run_9
+
+A class (words in -ing, numbers, words with one first letter) is a parent, each of its words a child. SAEBench asks for
+first letters of words in a prompt that spells them, which only large models know; here the classes are those whose
+probe has an F1 above .6 on words that it was not trained on, and the words are the whole words of text behind that
+which the runs held out and trained on, each up to `--each` times. A probe on the activations finds every class (classes
+are rare and not weighted to one half, as letters are there); the latents that detect it are those whose mean code is
+larger in it by most (there: by an L1 probe); of these, as many are main ones as each raise the F1 of a regression on
+them by more than .03; and then, on the test words that are of the class and found by the probe, what `fipo.absorption`
+says. `FIPO_DEVICE` runs model and SAEs elsewhere than on a processor.
+"""
+
+import argparse
+import itertools
+import os
+import string
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from benchmarks.common import command, publish, ready
+from fipo.absorption import SILENT, absorbed, main_latents
+from fipo.config import Text
+from fipo.data.harvest import first_rows, harvest
+from fipo.data.lm import LanguageModel
+from fipo.data.text import open_text
+from fipo.errors import UserError
+from fipo.export import load_sae
+from fipo.names import sparsity_of, told_apart
+from fipo.randomness import generator_for
+from fipo.records import from_dict, require
+from fipo.saved import Saved, find_saved, load_model
+
+ENDINGS = ("ing", "ed", "ly", "s", "est", "er", "tion", "al", "able", "ness", "ity", "ous", "ic", "y")
+LONG = 5
+"""Letters at least of a word that counts as one with an ending; others are in no class of endings, nor outside it."""
+LEAST_F1 = 0.6
+"""F1 of its probe at least with which a class is one that the model knows (SAEBench)."""
+LEAST_WORDS = 10
+"""Different words that a class has at least, among those trained on and among those tested on."""
+MOST_MAIN = 10
+"""Main latents of a class at most."""
+DECAY = 1e-4
+"""Weight of half the squared norm of a probe's weights."""
+MEASURES = ("absorbed in full", "absorbed fraction", "main latents silent", "main latents", "F1, one latent", "F1")
+Row = dict[str, Any]
+
+
+class Words(NamedTuple):
+    """Whole words of a text."""
+
+    acts_NLD: Tensor
+    words: list[str]
+
+
+class Concept(NamedTuple):
+    """A class that the model knows."""
+
+    name: str
+    is_N: Tensor
+    """Is the word of the class?"""
+    counts_N: Tensor
+    """Does it count, in it or outside it?"""
+    found_N: Tensor
+    """Does the probe find the class?"""
+    probe_D: Tensor
+    f1: float
+
+
+def classes() -> dict[str, tuple[Callable[[str], bool], Callable[[str], bool]]]:
+    """Name of a class -> which words are of it, and which count at all."""
+    found: dict[str, tuple[Callable[[str], bool], Callable[[str], bool]]] = {
+        "number": (str.isdigit, bool),
+        "year": (lambda word: word.isdigit() and len(word) == 4 and word[0] in "12", bool),
+    }
+    for ending in ENDINGS:
+        found[f"-{ending}"] = (lambda word, ending=ending: word.endswith(ending), lambda word: len(word) >= LONG)
+    for letter in string.ascii_lowercase:
+        found[f"{letter}-"] = (lambda word, letter=letter: word.startswith(letter), str.isalpha)
+    return found
+
+
+def whole_words(pieces: Sequence[str], continued: bool) -> Iterator[tuple[int, str]]:
+    """Place and lower-case form of every token of a row that is a whole word of letters or digits. `continued`: does
+    the vocabulary mark pieces that go on (`##ing`), and not those that begin a word (`Ġword`, `▁word`)? The last token
+    of a row may go on behind it and counts as none."""
+
+    def begins(piece: str) -> bool:
+        return not piece.startswith("##") if continued else piece[:1] in "Ġ▁" or not piece[:1].isalnum()
+
+    for place, (piece, following) in enumerate(itertools.pairwise(pieces)):
+        word = (piece if continued else piece.lstrip("Ġ▁")).lower()
+        marked = continued or piece[:1] in "Ġ▁"
+        if marked and begins(piece) and begins(following) and word.isascii() and (word.isalpha() or word.isdigit()):
+            yield place, word
+
+
+def read_words(lm: LanguageModel, text: Text, tokens: int, each: int) -> Words:
+    """Of `tokens` tokens behind those that a run on this text holds out and trains on, the first `each` of a word."""
+    rows = (lm.packed_rows if text.packed else lm.token_rows)(open_text(text).texts())
+    for before in (text.held_out_tokens, text.tokens):
+        for _ in first_rows(rows, lm, before):
+            pass
+    continued = any(piece.startswith("##") for piece in lm.tokenizer.get_vocab())
+    seen: Counter[str] = Counter()
+    kept, words = [], []
+    for chunk in harvest(lm, first_rows(rows, lm, tokens)):
+        begins_N = chunk.text_N.diff(prepend=chunk.text_N[:1] - 1).nonzero()[:, 0].tolist()
+        places = []
+        for start, end in itertools.pairwise([*begins_N, len(chunk.text_N)]):
+            pieces = lm.tokenizer.convert_ids_to_tokens(chunk.token_N[start:end].tolist())
+            for place, word in whole_words(pieces, continued):
+                if seen[word] < each:
+                    seen[word] += 1
+                    places.append(start + place)
+                    words.append(word)
+        kept.append(chunk.acts_NLD[places].float().cpu())
+    if not words:
+        raise UserError("the text has no whole words behind what was trained on; give another by --text")
+    return Words(torch.cat(kept), words)
+
+
+def fit_probes(x_ND: Tensor, is_NC: Tensor, counts_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [C, D] and biases [C] of C logistic regressions, each on the words that count for its class."""
+    weight_CD = torch.zeros(is_NC.shape[1], x_ND.shape[1], requires_grad=True)
+    bias_C = torch.zeros(is_NC.shape[1], requires_grad=True)
+    share_NC = counts_NC.float() / counts_NC.sum(0)
+    search = torch.optim.LBFGS([weight_CD, bias_C], max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        search.zero_grad()
+        logits_NC = x_ND @ weight_CD.T + bias_C
+        total = binary_cross_entropy_with_logits(logits_NC, is_NC.float(), weight=share_NC, reduction="sum")
+        total = total + DECAY / 2 * weight_CD.square().sum()
+        total.backward()
+        return total
+
+    search.step(loss)
+    return weight_CD.detach(), bias_C.detach()
+
+
+def f1_score(is_N: Tensor, found_N: Tensor) -> float:
+    """Harmonic mean of precision and recall; 0 where nothing is found."""
+    return 2 * int((is_N & found_N).sum()) / max(1, int(is_N.sum() + found_N.sum()))
+
+
+def concepts(acts_ND: Tensor, words: Sequence[str], train_N: Tensor) -> list[Concept]:
+    """The classes that a probe on the activations finds among words it was not trained on."""
+    known = {
+        name: (torch.tensor([is_of(word) for word in words]), torch.tensor([bool(counts(word)) for word in words]))
+        for name, (is_of, counts) in classes().items()
+    }
+    known = {name: of for name, of in known.items() if _enough(words, of[0] & of[1], train_N)}
+    if not known:
+        return []
+    x_ND = (acts_ND - acts_ND.mean(0)) / acts_ND.std(0).mean()
+    is_NC, counts_NC = (torch.stack(part, dim=1) for part in zip(*known.values(), strict=True))
+    weight_CD, bias_C = fit_probes(x_ND[train_N], is_NC[train_N], counts_NC[train_N])
+    found_NC = x_ND @ weight_CD.T + bias_C > 0
+    made = []
+    for place, name in enumerate(known):
+        is_N, counts_N, found_N = is_NC[:, place], counts_NC[:, place], found_NC[:, place]
+        test_N = counts_N & ~train_N
+        made.append(Concept(name, is_N, counts_N, found_N, weight_CD[place], f1_score(is_N[test_N], found_N[test_N])))
+    return [one for one in made if one.f1 > LEAST_F1]
+
+
+def _enough(words: Sequence[str], is_N: Tensor, train_N: Tensor) -> bool:
+    """Has a class enough different words, to train on and to test on?"""
+    kinds = [
+        {words[place] for place in part_N.nonzero()[:, 0].tolist()} for part_N in (is_N & train_N, is_N & ~train_N)
+    ]
+    return min(map(len, kinds)) >= LEAST_WORDS
+
+
+def detectors(codes_NF: Tensor, concept: Concept, train_N: Tensor) -> tuple[Tensor, list[float]]:
+    """The latents whose mean code is larger in the class by most, and F1 on the test words of logistic regression on
+    the first 1, 2, ... of them, until one adds too little."""
+    from sklearn.linear_model import LogisticRegression
+
+    in_N, out_N = concept.counts_N & train_N, concept.counts_N & ~train_N
+    difference_F = codes_NF[in_N & concept.is_N].mean(0) - codes_NF[in_N & ~concept.is_N].mean(0)
+    order_M, f1 = difference_F.topk(min(MOST_MAIN, len(difference_F))).indices, []
+    scale = (codes_NF.sum() / (codes_NF > 0).sum()).nan_to_num(1.0)
+    for count in range(1, len(order_M) + 1):
+        chosen_NM = codes_NF[:, order_M[:count]] / scale
+        regression = LogisticRegression(max_iter=500, class_weight="balanced")
+        regression.fit(chosen_NM[in_N].numpy(), concept.is_N[in_N].numpy())
+        answers_N = torch.from_numpy(regression.predict(chosen_NM[out_N].numpy()))
+        f1.append(f1_score(concept.is_N[out_N], answers_N))
+        if main_latents(f1) < count:
+            break
+    return order_M, f1
+
+
+@torch.no_grad()
+def measure(folder: Path, acts_ND: Tensor, known: Sequence[Concept], train_N: Tensor, device: str) -> Row:
+    """Means over the classes of an SAE's measures, and what each class has absorbed in full."""
+    sae = load_sae(folder).to(device)
+    codes_NF = torch.cat([sae.encode(part_ND.to(device)).cpu() for part_ND in acts_ND.split(4096)])
+    dec_FD, each = sae.dec_FD.cpu(), {}
+    for concept in known:
+        order_M, f1 = detectors(codes_NF, concept, train_N)
+        count = main_latents(f1)
+        told_N = concept.counts_N & concept.is_N & concept.found_N & ~train_N
+        found = absorbed(acts_ND[told_N], codes_NF[told_N], dec_FD, concept.probe_D, order_M[:count])
+        silent_N = (codes_NF[told_N][:, order_M[:count]] < SILENT).all(1)
+        shares = (part_N.float().mean().item() for part_N in (found.full_N, found.fraction_N, silent_N))
+        each[concept.name] = (*shares, count, f1[0], f1[count - 1])
+    means = {name: mean(values) for name, values in zip(MEASURES, zip(*each.values(), strict=True), strict=True)}
+    of_class = {concept: round(values[0], 4) for concept, values in each.items()}
+    return {"L0": (codes_NF > 0).sum(1).float().mean().item(), **means, "of every class, in full": of_class}
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """A row for the SAEs that differ by seed alone: mean, and standard deviation where there are several."""
+    found = []
+    keys = ("SAEs", "sparsity", "layer")
+    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
+        of = [row for row in rows if tuple(row[name] for name in keys) == key]
+        cells = {name: spread([row[name] for row in of]) for name in ("L0", *MEASURES)}
+        found.append({**dict(zip(keys, key, strict=True)), "seeds": len(of), **cells})
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation over seeds."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def ratios(rows: Sequence[Row]) -> dict[str, float]:
+    """What the first SAEs absorb in full over what each other kind does on the same layer at the same sparsity."""
+    shares: dict[tuple[str, str, int], list[float]] = {}
+    for row in rows:
+        shares.setdefault((row["SAEs"], row["sparsity"], row["layer"]), []).append(row["absorbed in full"])
+    first, found = rows[0]["SAEs"], {}
+    for (other, *where), of in sorted(shares.items()):
+        ours = shares.get((first, *where))
+        if other != first and ours is not None and mean(of) > 0:
+            found[f"{first} / {other}, layer {where[1]}, {where[0]}"] = mean(ours) / mean(of)
+    return found
+
+
+def text_of(saved: Sequence[Saved], source: str | None) -> Text:
+    """The text of the runs that the SAEs are from, or one of this source, of which nothing was trained on."""
+    if source is not None:
+        return Text(source=source, tokens=1, held_out_tokens=2, packed=False)
+    texts = [one.run.get("workload", {}).get("text") for one in saved]
+    if None in texts or any(text != texts[0] for text in texts):
+        raise UserError("the SAEs are not all of runs on one text; give a text by --text")
+    return from_dict(Text, texts[0], "text.")
+
+
+def main() -> None:
+    """Measure every SAE given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("saes", nargs="+", type=Path, metavar="RUN", help="run folders, or SAEs in SAELens' format")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result here")
+    parser.add_argument("--text", metavar="SOURCE", help="text to take words from; by default what the runs read")
+    parser.add_argument("--tokens", type=int, default=300_000, help="tokens of it, %(default)s")
+    parser.add_argument("--each", type=int, default=6, help="times that a word is taken at most, %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the words' split and the probes, %(default)s")
+    given = parser.parse_args()
+    for name in ("tokens", "each"):
+        require(getattr(given, name) > 0, f"--{name}", getattr(given, name), "a positive number")
+    ready(given.json)
+    saved = find_saved(given.saes)
+    text, device = text_of(saved, given.text), os.environ.get("FIPO_DEVICE", "cpu")
+    lm = load_model(saved)
+    found = read_words(lm, text, given.tokens, given.each)
+    kinds = sorted(set(found.words))
+    generator = generator_for(given.seed, "words")
+    trained = {kinds[place] for place in torch.randperm(len(kinds), generator=generator)[: int(0.8 * len(kinds))]}
+    train_N = torch.tensor([word in trained for word in found.words])
+    names = told_apart([str(one.run.get("run", one.name)) for one in saved], [one.described["config"] for one in saved])
+    known = {}
+    for layer in sorted({one.layer for one in saved}):
+        acts_ND = found.acts_NLD[:, lm.layers.index(layer)]
+        known[layer] = concepts(acts_ND, found.words, train_N)
+        if not known[layer]:
+            raise UserError(
+                f"no class of words has a probe of F1 above {LEAST_F1} on layer {layer}: nothing to measure"
+            )
+    settings = {"words": len(kinds), "tokens of them": len(found.words), "each at most": given.each}
+    settings |= {
+        f"probe F1, layer {layer}": ", ".join(f"{one.name} {one.f1:.2f}" for one in of) for layer, of in known.items()
+    }
+    rows: list[Row] = []
+    for one, name in zip(saved, names, strict=True):
+        acts_ND = found.acts_NLD[:, lm.layers.index(one.layer)]
+        row = measure(one.folder, acts_ND, known[one.layer], train_N, device)
+        about = {"SAEs": name, "sparsity": sparsity_of(one.described["config"]), "layer": one.layer}
+        rows.append({**about, "seed": one.described["seed"], **row})
+        sys.stderr.write(f"{rows[-1]}\n")
+        publish("absorption", [*summary(rows), *_singly(rows)], ratios(rows), given.json, settings, so_far=True)
+    publish("absorption", [*summary(rows), *_singly(rows)], ratios(rows), given.json, settings)
+
+
+def _singly(rows: Sequence[Row]) -> list[Row]:
+    """The rows as a table of its own."""
+    return [{"one of": row["SAEs"], **{key: value for key, value in row.items() if key != "SAEs"}} for row in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
