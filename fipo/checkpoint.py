@@ -64,7 +64,8 @@ def _load(path: Path, key: str) -> dict[str, Tensor]:
         )
     if manifest.get("key") != key:
         raise UserError(
-            f"checkpoint {path} belongs to another config, text or model; put config.yaml back as it was, or remove "
+            f"checkpoint {path} belongs to another config, text or model, or to stored activations in another order "
+            f"(as other kinds of device make them); put config.yaml and FIPO_CACHE back as they were, or remove "
             f"{path.parent} to begin anew"
         )
     file = path / STATE
