@@ -1,20 +1,20 @@
-"""How much of a word class is absorbed by latents of single words: SAEBench's `absorption`, on running text.
+"""How much of a word class is absorbed by other latents: SAEBench's `absorption`, on running text.
 
     .venv/bin/python -m benchmarks.absorption --json OUT results/seed_*/run_6 results/seed_*/run_8 results/seed_*/run_9
 
 A class (words in -ing, numbers, words with one first letter) is a parent, each of its words a child. SAEBench asks for
-first letters of words in a prompt that spells them, which only large models know; here the classes are those whose
-probe has an F1 above .6 on words that it was not trained on, and the words are the whole words of text behind that
-which the runs held out and trained on, each up to `--each` times. A probe on the activations finds every class (classes
-are rare and not weighted to one half, as letters are there); the latents that detect it are those whose mean code is
-larger in it by most (there: by an L1 probe); of these, as many are main ones as each raise the F1 of a regression on
-them by more than .03; and then, on the test words that are of the class and found by the probe, what `fipo.absorption`
-says. `FIPO_DEVICE` runs model and SAEs elsewhere than on a processor.
+first letters of words in a prompt that spells them, which only large models know. Here the classes are those whose
+probe has an F1 above .6 on words that it was not trained on, however few, and the words are the whole words of text
+behind that which the runs held out and trained on, each up to `--each` times. A probe on the activations, centred and
+brought to unit scale, finds every class; classes are rare and, unlike letters there, not weighted to one half. The
+latents that detect it are those whose mean code is larger in it by most (there: by an L1 probe); of these, as many are
+main ones as each raise by more than .03 the F1 of a logistic regression on their codes over the SAE's mean code. Then,
+on the test words that are of the class and found by the probe, what `fipo.absorption` says. Classes overlap, and what
+is found hangs on the probes (`--decay`) and on how much text they have: compare SAEs of one call alone.
 """
 
 import argparse
 import itertools
-import os
 import string
 import sys
 from collections import Counter
@@ -34,11 +34,12 @@ from fipo.data.harvest import first_rows, harvest
 from fipo.data.lm import LanguageModel
 from fipo.data.text import open_text
 from fipo.errors import UserError
-from fipo.export import load_sae
+from fipo.evaluate import check_fits, load_subject
 from fipo.names import sparsity_of, told_apart
 from fipo.randomness import generator_for
 from fipo.records import from_dict, require
-from fipo.saved import Saved, find_saved, load_model
+from fipo.sae import SAE
+from fipo.saved import DTYPES, Saved, find_saved, load_model
 
 ENDINGS = ("ing", "ed", "ly", "s", "est", "er", "tion", "al", "able", "ness", "ity", "ous", "ic", "y")
 LONG = 5
@@ -49,8 +50,6 @@ LEAST_WORDS = 10
 """Different words that a class has at least, among those trained on and among those tested on."""
 MOST_MAIN = 10
 """Main latents of a class at most."""
-DECAY = 1e-4
-"""Weight of half the squared norm of a probe's weights."""
 MEASURES = ("absorbed in full", "absorbed fraction", "main latents silent", "main latents", "F1, one latent", "F1")
 Row = dict[str, Any]
 
@@ -89,18 +88,14 @@ def classes() -> dict[str, tuple[Callable[[str], bool], Callable[[str], bool]]]:
     return found
 
 
-def whole_words(pieces: Sequence[str], continued: bool) -> Iterator[tuple[int, str]]:
-    """Place and lower-case form of every token of a row that is a whole word of letters or digits. `continued`: does
-    the vocabulary mark pieces that go on (`##ing`), and not those that begin a word (`Ġword`, `▁word`)? The last token
-    of a row may go on behind it and counts as none."""
-
-    def begins(piece: str) -> bool:
-        return not piece.startswith("##") if continued else piece[:1] in "Ġ▁" or not piece[:1].isalnum()
-
-    for place, (piece, following) in enumerate(itertools.pairwise(pieces)):
-        word = (piece if continued else piece.lstrip("Ġ▁")).lower()
-        marked = continued or piece[:1] in "Ġ▁"
-        if marked and begins(piece) and begins(following) and word.isascii() and (word.isalpha() or word.isdigit()):
+def whole_words(pieces: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Place and lower-case form of every token of a row that is a whole word of letters or digits, of what each token
+    adds to the text. The first and the last word of a row may be cut and count as none."""
+    for place in range(1, len(pieces) - 1):
+        before, piece, following = pieces[place - 1 : place + 2]
+        word = piece.strip().lower()
+        whole = not (before[-1:].isalnum() and piece[:1].isalnum()) and not following[:1].isalnum()
+        if whole and word.isascii() and (word.isalpha() or word.isdigit()):
             yield place, word
 
 
@@ -110,15 +105,13 @@ def read_words(lm: LanguageModel, text: Text, tokens: int, each: int) -> Words:
     for before in (text.held_out_tokens, text.tokens):
         for _ in first_rows(rows, lm, before):
             pass
-    continued = any(piece.startswith("##") for piece in lm.tokenizer.get_vocab())
     seen: Counter[str] = Counter()
     kept, words = [], []
     for chunk in harvest(lm, first_rows(rows, lm, tokens)):
         begins_N = chunk.text_N.diff(prepend=chunk.text_N[:1] - 1).nonzero()[:, 0].tolist()
         places = []
         for start, end in itertools.pairwise([*begins_N, len(chunk.text_N)]):
-            pieces = lm.tokenizer.convert_ids_to_tokens(chunk.token_N[start:end].tolist())
-            for place, word in whole_words(pieces, continued):
+            for place, word in whole_words(lm.pieces(chunk.token_N[start:end].tolist())):
                 if seen[word] < each:
                     seen[word] += 1
                     places.append(start + place)
@@ -129,8 +122,9 @@ def read_words(lm: LanguageModel, text: Text, tokens: int, each: int) -> Words:
     return Words(torch.cat(kept), words)
 
 
-def fit_probes(x_ND: Tensor, is_NC: Tensor, counts_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights [C, D] and biases [C] of C logistic regressions, each on the words that count for its class."""
+def fit_probes(x_ND: Tensor, is_NC: Tensor, counts_NC: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Weights [C, D] and biases [C] of C logistic regressions, each on the words that count for its class, with half
+    the squared norm of its weights times `decay` added to the mean loss."""
     weight_CD = torch.zeros(is_NC.shape[1], x_ND.shape[1], requires_grad=True)
     bias_C = torch.zeros(is_NC.shape[1], requires_grad=True)
     share_NC = counts_NC.float() / counts_NC.sum(0)
@@ -140,7 +134,7 @@ def fit_probes(x_ND: Tensor, is_NC: Tensor, counts_NC: Tensor) -> tuple[Tensor, 
         search.zero_grad()
         logits_NC = x_ND @ weight_CD.T + bias_C
         total = binary_cross_entropy_with_logits(logits_NC, is_NC.float(), weight=share_NC, reduction="sum")
-        total = total + DECAY / 2 * weight_CD.square().sum()
+        total = total + decay / 2 * weight_CD.square().sum()
         total.backward()
         return total
 
@@ -153,7 +147,7 @@ def f1_score(is_N: Tensor, found_N: Tensor) -> float:
     return 2 * int((is_N & found_N).sum()) / max(1, int(is_N.sum() + found_N.sum()))
 
 
-def concepts(acts_ND: Tensor, words: Sequence[str], train_N: Tensor) -> list[Concept]:
+def concepts(acts_ND: Tensor, words: Sequence[str], train_N: Tensor, decay: float) -> list[Concept]:
     """The classes that a probe on the activations finds among words it was not trained on."""
     known = {
         name: (torch.tensor([is_of(word) for word in words]), torch.tensor([bool(counts(word)) for word in words]))
@@ -161,10 +155,10 @@ def concepts(acts_ND: Tensor, words: Sequence[str], train_N: Tensor) -> list[Con
     }
     known = {name: of for name, of in known.items() if _enough(words, of[0] & of[1], train_N)}
     if not known:
-        return []
+        raise UserError(f"the text has {LEAST_WORDS} words to train on and to test on of no class; raise --tokens")
     x_ND = (acts_ND - acts_ND.mean(0)) / acts_ND.std(0).mean()
     is_NC, counts_NC = (torch.stack(part, dim=1) for part in zip(*known.values(), strict=True))
-    weight_CD, bias_C = fit_probes(x_ND[train_N], is_NC[train_N], counts_NC[train_N])
+    weight_CD, bias_C = fit_probes(x_ND[train_N], is_NC[train_N], counts_NC[train_N], decay)
     found_NC = x_ND @ weight_CD.T + bias_C > 0
     made = []
     for place, name in enumerate(known):
@@ -203,11 +197,11 @@ def detectors(codes_NF: Tensor, concept: Concept, train_N: Tensor) -> tuple[Tens
 
 
 @torch.no_grad()
-def measure(folder: Path, acts_ND: Tensor, known: Sequence[Concept], train_N: Tensor, device: str) -> Row:
+def measure(sae: SAE, acts_ND: Tensor, known: Sequence[Concept], train_N: Tensor) -> Row:
     """Means over the classes of an SAE's measures, and what each class has absorbed in full."""
-    sae = load_sae(folder).to(device)
+    device, dec_FD, each = sae.dec_FD.device, sae.dec_FD.cpu(), {}
     codes_NF = torch.cat([sae.encode(part_ND.to(device)).cpu() for part_ND in acts_ND.split(4096)])
-    dec_FD, each = sae.dec_FD.cpu(), {}
+    codes_NF *= dec_FD.norm(dim=1)  # not 1 where a topk was saved with other rows
     for concept in known:
         order_M, f1 = detectors(codes_NF, concept, train_N)
         count = main_latents(f1)
@@ -251,7 +245,7 @@ def ratios(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def text_of(saved: Sequence[Saved], source: str | None) -> Text:
-    """The text of the runs that the SAEs are from, or one of this source, of which nothing was trained on."""
+    """The text of the runs that the SAEs are from, or one of this source, of which nothing is left out."""
     if source is not None:
         return Text(source=source, tokens=1, held_out_tokens=2, packed=False)
     texts = [one.run.get("workload", {}).get("text") for one in saved]
@@ -268,14 +262,20 @@ def main() -> None:
     parser.add_argument("--text", metavar="SOURCE", help="text to take words from; by default what the runs read")
     parser.add_argument("--tokens", type=int, default=300_000, help="tokens of it, %(default)s")
     parser.add_argument("--each", type=int, default=6, help="times that a word is taken at most, %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the words' split and the probes, %(default)s")
+    parser.add_argument("--decay", type=float, default=1e-3, help="weight decay of the probes, %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the words' split, %(default)s")
+    parser.add_argument("--model", help="language model, where the SAEs name another or none")
+    parser.add_argument("--dtype", choices=DTYPES, help="its format, where it is to differ from what the SAEs say")
+    parser.add_argument("--context", type=int, help="tokens of a row, where they are to differ from what the SAEs say")
     given = parser.parse_args()
-    for name in ("tokens", "each"):
+    for name in ("tokens", "each", "decay"):
         require(getattr(given, name) > 0, f"--{name}", getattr(given, name), "a positive number")
     ready(given.json)
     saved = find_saved(given.saes)
-    text, device = text_of(saved, given.text), os.environ.get("FIPO_DEVICE", "cpu")
-    lm = load_model(saved)
+    text, subjects = text_of(saved, given.text), {one.name: load_subject(one.folder, one.layer) for one in saved}
+    lm = load_model(saved, model=given.model, dtype=given.dtype, context=given.context)
+    for name, subject in subjects.items():
+        check_fits(name, subject, lm, ks=(1,))
     found = read_words(lm, text, given.tokens, given.each)
     kinds = sorted(set(found.words))
     generator = generator_for(given.seed, "words")
@@ -285,19 +285,24 @@ def main() -> None:
     known = {}
     for layer in sorted({one.layer for one in saved}):
         acts_ND = found.acts_NLD[:, lm.layers.index(layer)]
-        known[layer] = concepts(acts_ND, found.words, train_N)
+        known[layer] = concepts(acts_ND, found.words, train_N, given.decay)
         if not known[layer]:
             raise UserError(
                 f"no class of words has a probe of F1 above {LEAST_F1} on layer {layer}: nothing to measure"
             )
-    settings = {"words": len(kinds), "tokens of them": len(found.words), "each at most": given.each}
+    settings = {
+        "words": len(kinds),
+        "tokens of them": len(found.words),
+        "each at most": given.each,
+        "decay": given.decay,
+    }
     settings |= {
         f"probe F1, layer {layer}": ", ".join(f"{one.name} {one.f1:.2f}" for one in of) for layer, of in known.items()
     }
     rows: list[Row] = []
     for one, name in zip(saved, names, strict=True):
         acts_ND = found.acts_NLD[:, lm.layers.index(one.layer)]
-        row = measure(one.folder, acts_ND, known[one.layer], train_N, device)
+        row = measure(subjects[one.name].sae.to(lm.device), acts_ND, known[one.layer], train_N)
         about = {"SAEs": name, "sparsity": sparsity_of(one.described["config"]), "layer": one.layer}
         rows.append({**about, "seed": one.described["seed"], **row})
         sys.stderr.write(f"{rows[-1]}\n")

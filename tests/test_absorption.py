@@ -1,5 +1,6 @@
 """fipo.absorption against its rules token by token, and a planted child that stands in for its parent."""
 
+import json
 import math
 import sys
 
@@ -87,10 +88,33 @@ def test_as_many_main_latents_as_each_add_something(f1, count):
 
 
 def test_whole_words_of_a_row():
-    pieces = ["Run", "##ning", "walk", "!", "k9", "42", "ÖL", "ships", "end"]
-    assert list(benchmark.whole_words(pieces, continued=True)) == [(2, "walk"), (5, "42"), (7, "ships")]
-    pieces = ["Run", "Ġwalk", "ing", "▁Ships", ".", "ĠÖL", "Ġ42", "Ġend"]
-    assert list(benchmark.whole_words(pieces, continued=False)) == [(3, "ships"), (6, "42")]
+    pieces = [
+        "Run",
+        " walk",
+        "ing",
+        " Ships",
+        ".",
+        "\n",
+        "Lines",
+        "\n",
+        " caf",
+        "é",
+        " ÖL",
+        " k9",
+        " 42",
+        "’",
+        "s",
+        " end",
+    ]
+    assert list(benchmark.whole_words(pieces)) == [(3, "ships"), (6, "lines"), (12, "42"), (14, "s")]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt_neox", "llama"])
+def test_whole_words_whatever_marks_them_in_a_vocabulary(load_lm, architecture):
+    lm = load_lm(architecture)
+    ids = lm.tokenizer("the planet orbit market zz9 team of moon", add_special_tokens=False)["input_ids"]
+    words = [word for _, word in benchmark.whole_words(lm.pieces(ids))]
+    assert len(words) > 3 and set(words) <= {"planet", "orbit", "market", "team", "of"}
 
 
 @pytest.fixture(scope="module")
@@ -119,13 +143,13 @@ def planted():
 
 def test_known_classes_are_found_and_others_are_not(planted):
     words, acts_ND, train_N = planted
-    known = benchmark.concepts(acts_ND, words, train_N)
+    known = benchmark.concepts(acts_ND, words, train_N, decay=1e-3)
     assert {"number", "year", "-ing"} >= {one.name for one in known} >= {"number", "-ing"}
     for one in known:
         assert one.f1 > 0.9 and benchmark.f1_score(one.is_N, one.found_N) > 0.9
 
 
-def test_an_sae_of_known_absorption(planted, tmp_path):
+def test_an_sae_of_known_absorption(planted):
     """A third of the words in -ing are of twelve kinds, each with a direction and a latent more. In one SAE the latent
     has its direction alone; in the other it holds the parent's besides, whose latent is silent there."""
     words, acts_ND, train_N = planted
@@ -133,7 +157,7 @@ def test_an_sae_of_known_absorption(planted, tmp_path):
     kind = {word: 2 + place % 12 for place, word in enumerate(kin)}
     parent_D, number_D, kin_KD = torch.eye(64)[0], torch.eye(64)[1], torch.eye(64)[2:14]
     acts_ND = acts_ND + 2 * torch.stack([torch.eye(64)[kind[w]] if w in kind else torch.zeros(64) for w in words])
-    known = [one for one in benchmark.concepts(acts_ND, words, train_N) if one.name in ("-ing", "number")]
+    known = [one for one in benchmark.concepts(acts_ND, words, train_N, 1e-3) if one.name in ("-ing", "number")]
     rows = {}
     for name, absorbs in (("plain", 0.0), ("absorbing", 1.0)):
         sae = SAE(64, 14, ReLU(), generator=seeded(0))
@@ -144,8 +168,12 @@ def test_an_sae_of_known_absorption(planted, tmp_path):
             sae.dec_FD.copy_(torch.cat([parent_D[None], number_D[None], child_KD]))
             sae.enc_FD.copy_(torch.cat([(parent_D - absorbs * kin_KD.sum(0))[None], number_D[None], 1.25 * kin_KD]))
             sae.enc_bias_F.copy_(torch.tensor([-0.7, -0.7] + [-1.0] * 12))
-        save_sae(tmp_path / name, sae, model="none", layer=0, context=16, dataset="none", beside={})
-        rows[name] = benchmark.measure(tmp_path / name, acts_ND, known, train_N, "cpu")
+        rows[name] = benchmark.measure(sae.eval(), acts_ND, known, train_N)
+        with torch.no_grad():
+            for parameter, factor in ((sae.dec_FD, 3), (sae.enc_FD, 1 / 3), (sae.enc_bias_F, 1 / 3)):
+                parameter *= factor
+        again = benchmark.measure(sae, acts_ND, known, train_N)
+        assert all(again[key] == pytest.approx(rows[name][key]) for key in again), "rows may have any norm"
     assert rows["plain"]["absorbed in full"] == 0 and rows["plain"]["F1, one latent"] > 0.9
     in_full = rows["absorbing"]["of every class, in full"]
     tested = {
@@ -174,14 +202,26 @@ def test_rows_that_differ_by_seed_alone_are_one():
     assert benchmark.ratios(rows) == {"a / b, layer 3, k 8": pytest.approx(0.5)}
 
 
-def test_a_model_that_knows_no_class_is_one_line(model_folder, tmp_path, text_folder, monkeypatch):
+def test_saes_of_a_model_and_what_is_told_in_one_line(model_folder, tmp_path, text_folder, monkeypatch):
     sae = SAE(16, 32, ReLU(), generator=seeded(0))
     save_sae(tmp_path / "sae", sae, model=str(model_folder("bert")), layer=1, context=16, dataset="none", beside={})
     monkeypatch.setattr(sys, "argv", ["absorption", str(tmp_path / "sae")])
     with pytest.raises(UserError, match="give a text by --text"):
         benchmark.main()
-    monkeypatch.setattr(
-        sys, "argv", ["absorption", str(tmp_path / "sae"), "--text", str(text_folder), "--tokens", "500"]
-    )
-    with pytest.raises(UserError, match="no class of words has a probe of F1 above 0.6 on layer 1"):
+    given = ["absorption", str(tmp_path / "sae"), "--text", str(text_folder), "--tokens", "500"]
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(UserError, match="words to train on and to test on of no class; raise --tokens"):
+        benchmark.main()
+    monkeypatch.setattr(benchmark, "LEAST_WORDS", 1)
+    monkeypatch.setattr(benchmark, "LEAST_F1", 0.1)
+    monkeypatch.setattr(sys, "argv", [*given, "--json", str(tmp_path / "result.json")])
+    benchmark.main()
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row.get("SAEs", row.get("one of")) for row in rows] == ["sae", "sae"] and rows[0]["seeds"] == 1
+    monkeypatch.setattr(benchmark, "LEAST_F1", 1)
+    with pytest.raises(UserError, match="no class of words has a probe of F1 above 1 on layer 1"):
+        benchmark.main()
+    narrow = SAE(8, 32, ReLU(), generator=seeded(0))
+    save_sae(tmp_path / "sae", narrow, model=str(model_folder("bert")), layer=1, context=16, dataset="none", beside={})
+    with pytest.raises(UserError, match="takes activations of width 8"):
         benchmark.main()
