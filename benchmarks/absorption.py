@@ -244,6 +244,27 @@ def ratios(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
+def paired(rows: Sequence[Row]) -> list[Row]:
+    """Of each other kind of SAEs, how far the first ones are from it: mean difference of every measure over the
+    trainings that both have at the same sparsity, layer and seed, ± its standard error."""
+    of: dict[str, dict[tuple[str, int, int | None], Row]] = {}
+    for row in rows:
+        of.setdefault(row["SAEs"], {})[row["sparsity"], row["layer"], row["seed"]] = row
+    first, found = rows[0]["SAEs"], []
+    for other in of.keys() - {first}:
+        both = [(of[first][which], row) for which, row in of[other].items() if which in of[first]]
+        if len(both) > 1:
+            apart = {name: [ours[name] - theirs[name] for ours, theirs in both] for name in MEASURES}
+            cells = {name: f"{mean(v):+.3f} ± {stdev(v) / len(v) ** 0.5:.3f}" for name, v in apart.items()}
+            found.append({"difference": f"{first} - {other}", "trainings": len(both), **cells})
+    return sorted(found, key=lambda row: row["difference"])
+
+
+def tables(rows: Sequence[Row]) -> list[Row]:
+    """Three tables: SAEs that differ by seed alone, differences of kinds, every SAE."""
+    return [*summary(rows), *paired(rows), *({"one of": row["SAEs"], **row} for row in rows)]
+
+
 def text_of(saved: Sequence[Saved], source: str | None) -> Text:
     """The text of the runs that the SAEs are from, or one of this source, of which nothing is left out."""
     if source is not None:
@@ -306,13 +327,8 @@ def main() -> None:
         about = {"SAEs": name, "sparsity": sparsity_of(one.described["config"]), "layer": one.layer}
         rows.append({**about, "seed": one.described["seed"], **row})
         sys.stderr.write(f"{rows[-1]}\n")
-        publish("absorption", [*summary(rows), *_singly(rows)], ratios(rows), given.json, settings, so_far=True)
-    publish("absorption", [*summary(rows), *_singly(rows)], ratios(rows), given.json, settings)
-
-
-def _singly(rows: Sequence[Row]) -> list[Row]:
-    """The rows as a table of its own."""
-    return [{"one of": row["SAEs"], **{key: value for key, value in row.items() if key != "SAEs"}} for row in rows]
+        publish("absorption", tables(rows), ratios(rows), given.json, settings, so_far=True)
+    publish("absorption", tables(rows), ratios(rows), given.json, settings)
 
 
 if __name__ == "__main__":

@@ -193,13 +193,17 @@ def test_rows_that_differ_by_seed_alone_are_one():
             "L0": 8.0,
             **dict.fromkeys(benchmark.MEASURES, value),
         }
-        for run, seed, value in (("a", 1, 0.1), ("a", 2, 0.3), ("b", 1, 0.4))
+        for run, seed, value in (("a", 1, 0.1), ("a", 2, 0.3), ("b", 1, 0.4), ("b", 2, 0.8), ("c", 3, 0.5))
     ]
-    assert [(row["seeds"], row["absorbed in full"]) for row in benchmark.summary(rows)] == [
-        (2, "0.200 ± 0.141"),
-        (1, "0.400"),
-    ]
-    assert benchmark.ratios(rows) == {"a / b, layer 3, k 8": pytest.approx(0.5)}
+    shown = [(row["seeds"], row["absorbed in full"]) for row in benchmark.summary(rows)]
+    assert shown == [(2, "0.200 ± 0.141"), (2, "0.600 ± 0.283"), (1, "0.500")]
+    assert benchmark.ratios(rows) == {
+        "a / b, layer 3, k 8": pytest.approx(1 / 3),
+        "a / c, layer 3, k 8": pytest.approx(0.4),
+    }
+    (apart,) = benchmark.paired(rows)
+    assert (apart["difference"], apart["trainings"], apart["F1"]) == ("a - b", 2, "-0.400 ± 0.100")
+    assert [next(iter(row)) for row in benchmark.tables(rows)] == ["SAEs"] * 3 + ["difference"] + ["one of"] * 5
 
 
 def test_saes_of_a_model_and_what_is_told_in_one_line(model_folder, tmp_path, text_folder, monkeypatch):
