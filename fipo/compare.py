@@ -152,7 +152,8 @@ def _timed(runtime: dict[str, Any], phase: str) -> bool:
 def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int) -> dict[str, Interval]:
     """`all` and every dataset -> difference of accuracies over the seeds that both runs have, of answers to the same
     texts. Seeds that answered the same texts are drawn together: a text is no surer for being asked of more of them."""
-    asked: dict[str, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
+    numbered: dict[str, list[Answers]] = {}
+    named: dict[str, list[Answers]] = {}
     taken: set[tuple[Any, ...]] = set()
     of_run = {run: [r for r in results if (r.run, r.layer) == (run, layer)] for run in (base, other)}
     for result, partner in itertools.product(of_run[other], of_run[base]):
@@ -171,27 +172,20 @@ def _paired(results: Sequence[Result], base: str, other: str, layer: int, k: int
                 _check_answers(result.outcomes, ours, name, key)
                 _check_answers(partner.outcomes, theirs, name, key)
                 values_TM = ours[key].double() - theirs[key].double()
-                rows_TM, texts_N = ours[f"{name}/rows_TM"].long(), ours.get(f"{name}/texts_N")
-                texts_TM = None if texts_N is None else texts_N[rows_TM]
-                asked.setdefault(name, []).append((values_TM, _own_numbers(rows_TM, name, result), texts_TM))
-    if not asked:
+                rows_TM = ours[f"{name}/rows_TM"].long()
+                numbered.setdefault(name, []).append(Answers(values_TM, _own_numbers(rows_TM, name, result)))
+                if f"{name}/texts_N" in ours:
+                    named.setdefault(name, []).append(Answers(values_TM, ours[f"{name}/texts_N"][rows_TM]))
+    if not numbered:
         return {}
-    found = {name: joined(_answers(differences)) for name, differences in asked.items()}
+    # By the identities of texts where all results tell them; those of before number each its own.
+    all_named = {name: of for name, of in named.items() if len(of) == len(numbered[name])}
+    found = {name: joined(of) for name, of in (numbered | all_named).items()}
     intervals = {
         name: bootstrap(answers, generator_for(0, "bootstrap", name, layer, k))[1] for name, answers in found.items()
     }
     everything = [one for answers in found.values() for one in answers]
     return {"all": bootstrap(everything, generator_for(0, "bootstrap", layer, k))[1], **intervals}
-
-
-def _answers(differences: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> list[Answers]:
-    """Of every training differences [T, M], with what names the text behind each row: its identity, where all tell it,
-    else `_own_numbers`."""
-    told = all(texts_TM is not None for _, _, texts_TM in differences)
-    return [
-        Answers(values_TM, texts_TM if told and texts_TM is not None else numbers_TM)
-        for values_TM, numbers_TM, texts_TM in differences
-    ]
 
 
 def _own_numbers(rows_TM: Tensor, name: str, result: Result) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tiny real inputs, made on the spot: language models with random weights and a trained tokeniser, text, labels."""
+"""Tiny real inputs, made on the spot: language models with random weights and a small tokeniser, text, labels."""
 
 from pathlib import Path
 from typing import Any
