@@ -14,13 +14,12 @@ is found hangs on the probes (`--decay`) and on how much text they have: compare
 """
 
 import argparse
-import itertools
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from benchmarks.common import command, publish, ready
-from fipo.absorption import SILENT, absorbed, main_latents
+from fipo.absorption import absorbed, main_latents
 from fipo.config import Text
 from fipo.data.harvest import first_rows, harvest
 from fipo.data.lm import LanguageModel
@@ -40,6 +39,8 @@ from fipo.randomness import generator_for
 from fipo.records import from_dict, require
 from fipo.sae import SAE
 from fipo.saved import DTYPES, Saved, find_saved, load_model
+from fipo.suite_table import mean_and_error
+from fipo.uncertainty import spread
 
 ENDINGS = ("ing", "ed", "ly", "s", "est", "er", "tion", "al", "able", "ness", "ity", "ous", "ic", "y")
 LONG = 5
@@ -108,14 +109,14 @@ def read_words(lm: LanguageModel, text: Text, tokens: int, each: int) -> Words:
     seen: Counter[str] = Counter()
     kept, words = [], []
     for chunk in harvest(lm, first_rows(rows, lm, tokens)):
-        begins_N = chunk.text_N.diff(prepend=chunk.text_N[:1] - 1).nonzero()[:, 0].tolist()
-        places = []
-        for start, end in itertools.pairwise([*begins_N, len(chunk.text_N)]):
-            for place, word in whole_words(lm.pieces(chunk.token_N[start:end].tolist())):
+        start, places = 0, []
+        for ids_S in chunk.token_N.split(chunk.text_N.unique_consecutive(return_counts=True)[1].tolist()):
+            for place, word in whole_words(lm.pieces(ids_S.tolist())):
                 if seen[word] < each:
                     seen[word] += 1
                     places.append(start + place)
                     words.append(word)
+            start += len(ids_S)
         kept.append(chunk.acts_NLD[places].float().cpu())
     if not words:
         raise UserError("the text has no whole words behind what was trained on; give another by --text")
@@ -147,24 +148,30 @@ def f1_score(is_N: Tensor, found_N: Tensor) -> float:
     return 2 * int((is_N & found_N).sum()) / max(1, int(is_N.sum() + found_N.sum()))
 
 
-def concepts(acts_ND: Tensor, words: Sequence[str], train_N: Tensor, decay: float) -> list[Concept]:
-    """The classes that a probe on the activations finds among words it was not trained on."""
-    known = {
+def memberships(words: Sequence[str], train_N: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name of every class with enough different words -> which words are of it, and which count."""
+    of_all = {
         name: (torch.tensor([is_of(word) for word in words]), torch.tensor([bool(counts(word)) for word in words]))
         for name, (is_of, counts) in classes().items()
     }
-    known = {name: of for name, of in known.items() if _enough(words, of[0] & of[1], train_N)}
-    if not known:
+    enough = {name: of for name, of in of_all.items() if _enough(words, of[0] & of[1], train_N)}
+    if not enough:
         raise UserError(f"the text has {LEAST_WORDS} words to train on and to test on of no class; raise --tokens")
+    return enough
+
+
+def concepts(
+    acts_ND: Tensor, members: Mapping[str, tuple[Tensor, Tensor]], train_N: Tensor, decay: float
+) -> list[Concept]:
+    """The classes that a probe on the activations finds among words it was not trained on."""
     x_ND = (acts_ND - acts_ND.mean(0)) / acts_ND.std(0).mean()
-    is_NC, counts_NC = (torch.stack(part, dim=1) for part in zip(*known.values(), strict=True))
+    is_NC, counts_NC = (torch.stack(part, dim=1) for part in zip(*members.values(), strict=True))
     weight_CD, bias_C = fit_probes(x_ND[train_N], is_NC[train_N], counts_NC[train_N], decay)
     found_NC = x_ND @ weight_CD.T + bias_C > 0
     made = []
-    for place, name in enumerate(known):
-        is_N, counts_N, found_N = is_NC[:, place], counts_NC[:, place], found_NC[:, place]
+    for (name, (is_N, counts_N)), found_N, probe_D in zip(members.items(), found_NC.T, weight_CD, strict=True):
         test_N = counts_N & ~train_N
-        made.append(Concept(name, is_N, counts_N, found_N, weight_CD[place], f1_score(is_N[test_N], found_N[test_N])))
+        made.append(Concept(name, is_N, counts_N, found_N, probe_D, f1_score(is_N[test_N], found_N[test_N])))
     return [one for one in made if one.f1 > LEAST_F1]
 
 
@@ -207,40 +214,38 @@ def measure(sae: SAE, acts_ND: Tensor, known: Sequence[Concept], train_N: Tensor
         count = main_latents(f1)
         told_N = concept.counts_N & concept.is_N & concept.found_N & ~train_N
         found = absorbed(acts_ND[told_N], codes_NF[told_N], dec_FD, concept.probe_D, order_M[:count])
-        silent_N = (codes_NF[told_N][:, order_M[:count]] < SILENT).all(1)
-        shares = (part_N.float().mean().item() for part_N in (found.full_N, found.fraction_N, silent_N))
+        shares = (part_N.float().mean().item() for part_N in found)
         each[concept.name] = (*shares, count, f1[0], f1[count - 1])
     means = {name: mean(values) for name, values in zip(MEASURES, zip(*each.values(), strict=True), strict=True)}
     of_class = {concept: round(values[0], 4) for concept, values in each.items()}
     return {"L0": (codes_NF > 0).sum(1).float().mean().item(), **means, "of every class, in full": of_class}
 
 
-def summary(rows: Sequence[Row]) -> list[Row]:
-    """A row for the SAEs that differ by seed alone: mean, and standard deviation where there are several."""
-    found = []
-    keys = ("SAEs", "sparsity", "layer")
-    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
-        of = [row for row in rows if tuple(row[name] for name in keys) == key]
-        cells = {name: spread([row[name] for row in of]) for name in ("L0", *MEASURES)}
-        found.append({**dict(zip(keys, key, strict=True)), "seeds": len(of), **cells})
+def of_a_kind(rows: Sequence[Row]) -> dict[tuple[str, str, int], list[Row]]:
+    """Name, sparsity and layer -> the SAEs that differ by seed alone."""
+    found: dict[tuple[str, str, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["SAEs"], row["sparsity"], row["layer"]), []).append(row)
     return found
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation over seeds."""
-    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """A row for every kind of SAEs: mean, and standard deviation where there are several."""
+    return [
+        {"SAEs": name, "sparsity": sparsity, "layer": layer, "seeds": len(of)}
+        | {measure: spread([row[measure] for row in of]) for measure in ("L0", *MEASURES)}
+        for (name, sparsity, layer), of in of_a_kind(rows).items()
+    ]
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, float]:
     """What the first SAEs absorb in full over what each other kind does on the same layer at the same sparsity."""
-    shares: dict[tuple[str, str, int], list[float]] = {}
-    for row in rows:
-        shares.setdefault((row["SAEs"], row["sparsity"], row["layer"]), []).append(row["absorbed in full"])
+    shares = {kind: mean(row["absorbed in full"] for row in of) for kind, of in of_a_kind(rows).items()}
     first, found = rows[0]["SAEs"], {}
-    for (other, *where), of in sorted(shares.items()):
-        ours = shares.get((first, *where))
-        if other != first and ours is not None and mean(of) > 0:
-            found[f"{first} / {other}, layer {where[1]}, {where[0]}"] = mean(ours) / mean(of)
+    for (other, sparsity, layer), theirs in sorted(shares.items()):
+        ours = shares.get((first, sparsity, layer))
+        if other != first and ours is not None and theirs > 0:
+            found[f"{first} / {other}, layer {layer}, {sparsity}"] = ours / theirs
     return found
 
 
@@ -254,8 +259,8 @@ def paired(rows: Sequence[Row]) -> list[Row]:
     for other in of.keys() - {first}:
         both = [(of[first][which], row) for which, row in of[other].items() if which in of[first]]
         if len(both) > 1:
-            apart = {name: [ours[name] - theirs[name] for ours, theirs in both] for name in MEASURES}
-            cells = {name: f"{mean(v):+.3f} ± {stdev(v) / len(v) ** 0.5:.3f}" for name, v in apart.items()}
+            apart = {name: mean_and_error([ours[name] - theirs[name] for ours, theirs in both]) for name in MEASURES}
+            cells = {name: f"{difference:+.3f} ± {error:.3f}" for name, (difference, error) in apart.items()}
             found.append({"difference": f"{first} - {other}", "trainings": len(both), **cells})
     return sorted(found, key=lambda row: row["difference"])
 
@@ -303,10 +308,10 @@ def main() -> None:
     trained = {kinds[place] for place in torch.randperm(len(kinds), generator=generator)[: int(0.8 * len(kinds))]}
     train_N = torch.tensor([word in trained for word in found.words])
     names = told_apart([str(one.run.get("run", one.name)) for one in saved], [one.described["config"] for one in saved])
-    known = {}
+    members, known = memberships(found.words, train_N), {}
     for layer in sorted({one.layer for one in saved}):
         acts_ND = found.acts_NLD[:, lm.layers.index(layer)]
-        known[layer] = concepts(acts_ND, found.words, train_N, given.decay)
+        known[layer] = concepts(acts_ND, members, train_N, given.decay)
         if not known[layer]:
             raise UserError(
                 f"no class of words has a probe of F1 above {LEAST_F1} on layer {layer}: nothing to measure"

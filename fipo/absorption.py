@@ -35,6 +35,8 @@ class Absorbed(NamedTuple):
     """Is it, in full?"""
     fraction_N: Tensor
     """Which part, from 0 to 1."""
+    silent_N: Tensor
+    """Is no main latent active?"""
 
 
 def main_latents(f1: Sequence[float]) -> int:
@@ -64,4 +66,4 @@ def absorbed(acts_ND: Tensor, codes_NF: Tensor, dec_FD: Tensor, probe_D: Tensor,
     part_N = torch.minimum(carried_N, total_N - main_N)
     fraction_N = torch.where(main_N > 0, part_N / (part_N + main_N), 1.0).clamp(0, 1)
     none_N = (main_N >= total_N) | ~(carried_N / total_N >= SHARE)
-    return Absorbed(full_N, fraction_N.masked_fill(none_N, 0.0))
+    return Absorbed(full_N, fraction_N.masked_fill(none_N, 0.0), silent_N)

@@ -25,7 +25,7 @@ from fipo.names import CONTROLS, KINDS, MEASURES, bases, renamed, seeds_told, su
 from fipo.pareto import Point
 from fipo.randomness import generator_for
 from fipo.saebench import metric_name, overall_metrics
-from fipo.uncertainty import Answers, Interval, bootstrap, joined
+from fipo.uncertainty import Answers, Interval, bootstrap, joined, spread
 
 SHOWN_KS = (1, 5)
 TIMED = ("harvest", "training")
@@ -98,7 +98,7 @@ def table(results: Sequence[Result], ks: Sequence[int]) -> str:
     }
     lines = [f"| workload | run | layer | {' | '.join(shown)} |", "|---" * (3 + len(shown)) + "|"]
     for (workload, run, layer), records in sorted(groups.items()):
-        cells = [_spread([record.get(key) for record in records], form) for key, form in shown.values()]
+        cells = [spread([record.get(key) for record in records], form) for key, form in shown.values()]
         lines.append(f"| {workload} | {run} | {layer} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
@@ -139,7 +139,7 @@ def times(results: Sequence[Result], against: Mapping[str, str]) -> list[str]:
             for phase in TIMED
         ]
         if any(ratios):
-            lines.append(f"| {other} / {base} | {' | '.join(_spread(values, '{:.2f}') for values in ratios)} |")
+            lines.append(f"| {other} / {base} | {' | '.join(spread(values, '{:.2f}') for values in ratios)} |")
     heads = " | ".join(f"{phase} time" for phase in TIMED)
     return [f"| ratio | {heads} |", "|---" * (1 + len(TIMED)) + "|", *lines, "", TIMES_NOTE, ""] if lines else []
 
@@ -227,10 +227,3 @@ def _shown(interval: Interval | None) -> str:
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
     controls = record.get("eval_result_controls", {}).get("mean", {})
     return {**record, **overall_metrics(record), **controls}
-
-
-def _spread(values: Sequence[float | None], form: str) -> str:
-    if not values or None in values:
-        return "-"
-    spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
-    return form.format(statistics.fmean(values)) + spread

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from fipo.errors import UserError
 from fipo.names import CONTROLS, bases, one_of, renamed, seeds_told, sparsity_of, told_apart, with_sparsity
 from fipo.results import SUITE_METRICS, SUITE_RESULT_SUFFIX, read_suite_result
+from fipo.uncertainty import spread
 
 MEASURED = ("model", "dtype", "random_seed")
 """What a score depends on beside the SAE and the datasets."""
@@ -89,7 +90,7 @@ def _table(results: Sequence[Result]) -> list[str]:
             rows[title, layer, who] = [one for one in results if one.layer == layer]
     lines = _head(f"{len(results[0].scores)} datasets", results)
     for (name, layer, who), group in rows.items():
-        cells = (_spread([mean_score(one.scores, who, *column) for one in group]) for column in _columns(results))
+        cells = (spread([mean_score(one.scores, who, *column) for one in group]) for column in _columns(results))
         lines.append(f"| {name} | {layer} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -132,10 +133,6 @@ def mean_and_error(differences: Sequence[float]) -> tuple[float, float | None]:
     """Of a difference over the datasets, and its standard error from their spread; of one dataset there is none."""
     count = len(differences)
     return statistics.fmean(differences), statistics.stdev(differences) / count**0.5 if count > 1 else None
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
 
 def _difference(pairs: Sequence[tuple[Result, Result]], k: int, metric: str) -> str:

@@ -7,6 +7,7 @@ resamples.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,14 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+def spread(values: Sequence[float | None], form: str = "{:.3f}") -> str:
+    """Mean ± standard deviation of several, as text; `-` where one is missing."""
+    if not values or None in values:
+        return "-"
+    beside = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
+    return form.format(statistics.fmean(values)) + beside
 
 
 def task_errors(right_TM: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def test_a_child_that_holds_its_parent():
     codes_NF = torch.tensor([[1.0, 0.0, 0.0], [0.5, 2**0.5 / 2, 3.0], [0.0, 2**0.5, 0.0], [0.0, 0.0, 3.0]])
     found = absorbed(codes_NF @ dec_FD, codes_NF, dec_FD, torch.tensor([5.0, 0.0, 0.0]), torch.tensor([0]))
     assert found.full_N.tolist() == [False, False, True, False]
+    assert found.silent_N.tolist() == [False, False, True, True]
     assert found.fraction_N.tolist() == pytest.approx([0.0, 0.5, 1.0, 0.0])
 
 
@@ -143,7 +144,7 @@ def planted():
 
 def test_known_classes_are_found_and_others_are_not(planted):
     words, acts_ND, train_N = planted
-    known = benchmark.concepts(acts_ND, words, train_N, decay=1e-3)
+    known = benchmark.concepts(acts_ND, benchmark.memberships(words, train_N), train_N, decay=1e-3)
     assert {"number", "year", "-ing"} >= {one.name for one in known} >= {"number", "-ing"}
     for one in known:
         assert one.f1 > 0.9 and benchmark.f1_score(one.is_N, one.found_N) > 0.9
@@ -157,7 +158,8 @@ def test_an_sae_of_known_absorption(planted):
     kind = {word: 2 + place % 12 for place, word in enumerate(kin)}
     parent_D, number_D, kin_KD = torch.eye(64)[0], torch.eye(64)[1], torch.eye(64)[2:14]
     acts_ND = acts_ND + 2 * torch.stack([torch.eye(64)[kind[w]] if w in kind else torch.zeros(64) for w in words])
-    known = [one for one in benchmark.concepts(acts_ND, words, train_N, 1e-3) if one.name in ("-ing", "number")]
+    found = benchmark.concepts(acts_ND, benchmark.memberships(words, train_N), train_N, decay=1e-3)
+    known = [one for one in found if one.name in ("-ing", "number")]
     rows = {}
     for name, absorbs in (("plain", 0.0), ("absorbing", 1.0)):
         sae = SAE(64, 14, ReLU(), generator=seeded(0))

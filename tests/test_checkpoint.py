@@ -167,7 +167,10 @@ def test_what_a_killed_writer_leaves_is_passed_over(tmp_path):
 
 def test_one_of_another_config_or_format_stops(tmp_path):
     save(tmp_path, 1)
-    with pytest.raises(UserError, match="step_1 belongs to another config, text or model.*; put config.yaml and "):
+    with pytest.raises(
+        UserError,
+        match="step_1 belongs to another config, text or model, or to .* order .*; put config.yaml and FIPO_CACHE back",
+    ):
         newest(tmp_path, key="other")
     manifest = tmp_path / "step_1" / "checkpoint.json"
     write_json(manifest, read_json(manifest) | {"format": 1})

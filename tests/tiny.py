@@ -41,7 +41,7 @@ def save_tokenizer(folder: Path, architecture: str) -> int:
     if architecture == "bert":
         named = {"unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"}
         words = sorted({word for sentence in text for word in sentence.split() if word.isalpha()})
-        letters = sorted(set("".join(text)) - {" "})
+        letters = [*sorted(set("".join(text)) - {" "}), *(str(number) for number in range(10, 1000))]
         pieces = [*named.values(), *letters, *(f"##{letter}" for letter in letters), *words]
         vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
         # Not trained: the trainer's choice hangs on the process's hash seed, and all that is probed with it.
